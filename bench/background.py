@@ -22,12 +22,12 @@ from lmaas.config import Settings
 from lmaas.process import bound_command
 
 NAMES = ("batch_harvest", "batch_interference_ttft", "batch_interference_itl", "batch_vs_offline")
-#: The part of the engine's tokens that interactive requests ask for.
+#: The part of the engine's tokens that interactive requests use.
 PART = 1 / 3
 #: The lengths of the prompts (numbers of two digits, each of about three tokens) and of the answers (tokens), of batches and interactive
 #: requests alike.
 WORDS, TOKENS = (6, 60), (16, 96)
-#: The seconds before a window, for what runs to reach its usual state, and those of a window.
+#: The seconds before a window, in which the load reaches its usual state, and those of a window.
 WARM_S, WINDOW_S = 8.0, 20.0
 #: The number of lines of a batch that is measured alone.
 LINES = 64
@@ -73,7 +73,7 @@ class Side:
 
 @dataclass
 class Window:
-    """What was seen in one window."""
+    """The measurements of one window."""
 
     tokens_per_s: float
     answers: list[Answer] = field(default_factory=list)

@@ -1,9 +1,9 @@
-"""Measures what a batch of LINES lines costs beside its tokens: CPU of Postgres, memory of the job runner, seconds of its validation.
+"""Measures the cost of a batch of LINES lines beside its tokens: CPU of Postgres, memory of the job runner, seconds of its validation.
 
 The service is that of `bench.gateways`, whose engine costs almost nothing, with a job runner. All lines are chats of one tenant. The batch
-is created through the API and its result is downloaded, so that every line is known to have been answered. Postgres' CPU is that of all
-its processes from the batch's creation to its end, and includes what the idle service asks of it. The memory is the most that the runner
-has had beyond what it had before. One batch takes minutes, so these figures are of one round.
+is created through the API and its result is downloaded, so that every line is known to have a result. Postgres' CPU is that of all its
+processes from the batch's creation to its end, and includes the queries of the idle service. The memory is the largest increase of the
+runner's memory since before the batch. One batch takes minutes, so these figures are of one round.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ LINES = 50_000
 ENDPOINT = "/v1/chat/completions"
 #: The longest time that a batch may take.
 END_S = 1800.0
-#: The time between two looks at the batch and the runner.
+#: The time between two polls of the batch and the runner.
 LOOK_S = 0.2
 
 
@@ -82,7 +82,7 @@ async def measured(folder: Path, lines: int) -> Cost:
         command = [sys.executable, "-m", "lmaas", "jobs"]
         async with running(command, folder / "jobs.log", ours.settings.environment()) as runner, aiohttp.ClientSession() as http:
             api = Api(http, proxy)
-            await _run(api, ours, runner, folder, 200)  # everything has been used once
+            await _run(api, ours, runner, folder, 200)  # every part has been used once
             return await _run(api, ours, runner, folder, lines)
 
 

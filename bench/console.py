@@ -1,4 +1,4 @@
-"""Measures the console on a full service: the time to the first byte of its slowest page, and what a browser loads at most.
+"""Measures the console on a full service: the time to the first byte of its slowest page, and the bytes that a browser loads at most.
 
 The database has TENANTS tenants, ADAPTERS adapters and EVENTS requests of a month, which were in the ledger before the migration that
 counts them. Gateway and console are processes of their own. Each page of the navigation is opened in turn, as an operator and as a tenant's
@@ -156,7 +156,7 @@ async def _signed_in(url: str, key: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def pages(role: Role) -> list[str]:
-    """Return the paths of the navigation for a role. An operator looks at one tenant where a page is about one."""
+    """Return the paths of the navigation for a role. An operator selects one tenant where a page is about one."""
     return [
         f"/console{page.path}" + ("?tenant=tenant-1" if page.of_tenant and role is Role.OPERATOR else "")
         for page in PAGES
@@ -188,7 +188,7 @@ async def _weight(url: str, keys: dict[Role, str]) -> Bar:
     for role, key in keys.items():
         async with _signed_in(url, key) as client:
             for path in pages(role):
-                # With what the page of money asks for once it is shown.
+                # Includes the part that the page of money requests once it is shown.
                 whole = path + ("&" if "?" in path else "?") + "whole=1"
                 sizes[f"{role}: {path}"] = len((await client.get(whole)).content)
     largest = max(sizes, key=lambda name: sizes[name])

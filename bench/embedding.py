@@ -38,7 +38,7 @@ class Load:
         return self.requests * self.inputs / (time.perf_counter() - began)
 
 
-#: As an index is built, and as a search asks. The engine has more to do at any time than it can do at once.
+#: The requests of building an index, and those of a search. The engine always has more work than it can do at once.
 LOADS = {"64 texts in a request": Load(8, 4, 64), "one text in a request": Load(160, 16, 1)}
 
 

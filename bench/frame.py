@@ -64,7 +64,7 @@ async def attempted(name: str, measuring: Awaitable[Bar]) -> Bar:
     """Measure a bar. If that fails, return a bar with the reason, so that other bars are still measured."""
     try:
         return await measuring
-    except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
+    except Exception as error:  # noqa: BLE001 (the results report every error)
         first: BaseException = error
         while isinstance(first, BaseExceptionGroup):  # the requests of a load are tasks of a group; the first exception is the reason
             first = first.exceptions[0]

@@ -1,6 +1,6 @@
 """Measures the gateway's cost: the CPU time per request of one gateway process with all features on, and of other proxies.
 
-One engine that costs almost nothing answers all of them. CONNECTIONS clients send requests to one proxy at a time, as fast as it answers.
+One engine that costs almost nothing serves all of them. CONNECTIONS clients send requests to one proxy at a time, as fast as it responds.
 The CPU time of the proxy's process is divided by the number of requests. The CPU time of other processes (engine, clients, Postgres,
 Valkey, controller) is not counted. Other work on the machine makes a round slower, but hardly changes its CPU time. Memory and commands to
 Valkey are measured too.
@@ -91,7 +91,7 @@ async def _cost_bars(load: Load, ours: Service, folder: Path, wanted: Sequence[s
             proxy = await starts[name]()
             await load.until_right(proxy)
             proxies[name] = proxy
-        except Exception as error:  # noqa: BLE001 (whatever it was is told in the results)
+        except Exception as error:  # noqa: BLE001 (the results report every error)
             failed[name] = f"{name} does not run: {type(error).__name__}: {error}"
     for kind in KINDS:
         bars = [name for name in wanted if name.endswith(kind)]

@@ -1,4 +1,4 @@
-"""What several measurements share: limits, usage events, and the CPU time of a process."""
+"""The common parts of several measurements: limits, usage events, and the CPU time of a process."""
 
 import psutil
 
@@ -6,7 +6,7 @@ from lmaas.metering.usage import UsageRecord
 from lmaas.scheduling.client import LimitedScope
 from lmaas.states import UsageStatus
 
-#: The limits of a tenant and of a key, as most requests have them, high enough to refuse nothing.
+#: Typical limits of a tenant and of a key, high enough to refuse nothing.
 SCOPES = (
     LimitedScope("ten_1", "tenant", 10**9, 10**12, 10**6, 10**14, 10**14),
     LimitedScope("key_1", "key", 10**9, None, None, None, None),

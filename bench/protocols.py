@@ -1,4 +1,4 @@
-"""Measures what other protocols cost the gateway: its CPU time per request ÷ that of a chat completion of the same size, in one run.
+"""Measures the cost of other protocols for the gateway: its CPU time per request ÷ that of a chat completion of the same size, in one run.
 
 The engine, the clients and the measurement are those of `bench.gateway`. The engine writes each token in its own write. Streams are
 measured twice: with tokens as fast as the gateway reads them, of which several arrive in one read, and with a token every PACED_MS
@@ -16,7 +16,7 @@ from bench.gateways.protocols import PROTOCOLS
 from bench.gateways.service import Service, service
 
 CHAT = "chat"
-#: The requests of PROTOCOLS of which the worst counts, and those that are only shown beside them.
+#: The requests of PROTOCOLS of which the worst counts, and those that are only reported.
 COUNTED = {"responses": ("responses",), "messages": ("messages",), "embeddings": ("embeddings, base64", "embeddings, float")}
 SHOWN = {"responses": ("responses, store: false",)}
 WHOLE, STREAM = 1.5, 2.5

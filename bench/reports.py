@@ -85,7 +85,7 @@ async def _read(db: Database) -> float:
 
 
 async def _database(exits: AsyncExitStack, url: str, events: int) -> tuple[Database, float]:
-    """Create a database with so many events, and return it for a gateway with the seconds in which its events were counted."""
+    """Create a database with this many events, and return it for a gateway with the seconds in which its events were counted."""
     admin = Database(url)
     async with admin.autocommit() as connection:
         await connection.execute(text(f"CREATE DATABASE reports_{events}"))

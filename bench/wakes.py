@@ -1,7 +1,7 @@
 """Measures `batch_wakes`: the engine time of lines that arrive over a day and may wait for a day ÷ that of running each one at once.
 
-The day is simulated: the decisions are the controller's own, over the simulation's model of an engine. Nothing interactive runs, so no line
-can ride on an engine that is warm for others.
+The day is simulated: the decisions are the controller's own, over the simulation's model of an engine. No interactive request runs, so no
+line can use an engine that is warm for others.
 """
 
 import random
@@ -32,7 +32,7 @@ PERIOD_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a batch: when it arrives, and its tokens."""
+    """A line of a batch: its time of arrival, and its tokens."""
 
     at_s: float
     prompt_tokens: int
@@ -48,7 +48,7 @@ def lines(seed: int, count: int = LINES) -> list[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the lines took: engine-seconds, engines started, lines that ended, and the longest time until the end of one."""
+    """The cost of the lines: engine-seconds, engines started, lines that ended, and the longest time until the end of one."""
 
     engine_s: float
     starts: int
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class OneEngine:
-    """A pool of at most one engine, on which lines run as soon as it is there. A subclass starts and stops it."""
+    """A pool of at most one engine, on which lines run as soon as it is ready. A subclass starts and stops it."""
 
     def __init__(self, clock: Clock, profile: Profile) -> None:
         self.clock, self.profile = clock, profile
@@ -99,7 +99,7 @@ class OneEngine:
         return [self._lines[number] for number in self.waiting]
 
     def ended(self) -> None:
-        """Do what follows the end of a line."""
+        """Act on the end of a line."""
 
     def _be_ready(self) -> None:
         self.ready = self.wanted

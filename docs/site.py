@@ -1,4 +1,4 @@
-"""What the site needs beyond the pages, as hooks of mkdocs: the navigation, and the pages that lie outside this folder.
+"""Hooks of mkdocs for the parts of the site beyond the pages: the navigation, and the pages that lie outside this folder.
 
 The navigation follows from the tables of README.md. Pages of the repository that the documentation links to, such as SECURITY.md, become
 pages of the site. Links to other files, such as modules, become plain text, because the site does not hold them.

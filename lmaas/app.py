@@ -268,7 +268,7 @@ def _end_process_on_failure(task: "asyncio.Task[None]") -> None:
 
 
 async def run_gateway(settings: Settings) -> None:
-    """Run a gateway until it is told to stop."""
+    """Run a gateway until it is stopped."""
     with observing(settings, "gateway") as observers:
         async with connected(settings, DatabaseRole.GATEWAY) as services:
             app, _ = build_gateway(settings, services, observers)
@@ -314,7 +314,7 @@ def for_replicas(settings: Settings) -> Settings:
 
 
 async def run_controller(settings: Settings) -> None:
-    """Run a controller until it is told to stop. Replicas continue, unless the settings end them with it."""
+    """Run a controller until it is stopped. Replicas continue, unless the settings end them with it."""
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     async with connected(settings, DatabaseRole.CONTROLLER) as services:
@@ -357,10 +357,10 @@ def build_jobs(settings: Settings, services: Services, observers: Observers = UN
 
 
 async def run_jobs(settings: Settings) -> None:
-    """Run a job runner until it is told to stop."""
+    """Run a job runner until it is stopped."""
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-    # As many as it usually needs at a time: a connection that is opened for one transaction costs Postgres more than the transaction.
+    # As many connections as it usually needs at a time: opening one for a single transaction costs Postgres more than the transaction.
     with observing(settings, "jobs") as observers:
         async with connected(settings, DatabaseRole.JOBS, connections=10) as services:
             _raise_file_limit()

@@ -8,7 +8,7 @@ SYSTEM_ACTOR = "system"
 
 
 class Action(StrEnum):
-    """A change that leaves a record."""
+    """A change that the audit log records."""
 
     TENANT_CREATE = "tenant.create"
     TENANT_CHANGE = "tenant.change"

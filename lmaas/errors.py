@@ -30,7 +30,7 @@ class LmaasError(Exception):
         self.retry_after_s = min(retry_after_s, 120.0) if retry_after_s is not None else None
 
     def headers(self) -> dict[str, str]:
-        """Return the response headers that tell a client whether and when to retry."""
+        """Return the response headers that state whether and when a client should retry."""
         headers = {"x-should-retry": "true" if self.retryable else "false"}
         if self.retryable and self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -45,7 +45,7 @@ class InternalError(LmaasError):
 
 
 class InvalidRequest(LmaasError):
-    """The request is malformed, or asks for something that the service does not offer."""
+    """The request is malformed, or needs something that the service does not offer."""
 
     kind, status, type, code = "invalid_request", HTTPStatus.BAD_REQUEST, "invalid_request_error", "invalid_request"
 
@@ -75,7 +75,7 @@ class Unauthenticated(LmaasError):
         super().__init__(message)
 
     def headers(self) -> dict[str, str]:
-        """Add the challenge that HTTP asks for."""
+        """Add the challenge that HTTP requires."""
         return super().headers() | {"www-authenticate": "Bearer"}
 
 

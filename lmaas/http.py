@@ -31,9 +31,9 @@ _HOST = re.compile(rb"[A-Za-z0-9._-]*(?::[0-9]*)?|\[[0-9A-Fa-f:.]+\](?::[0-9]*)?
 _JOINT = re.compile(r"/+((?:admin/)?v1/)?/*")
 _KEY_HEADERS = frozenset({b"authorization", b"api-key", b"x-api-key"})
 _MESSAGES = "/v1/messages"
-#: Where the scope of a request has its principal, once that is known, and the code of an error response.
+#: The keys in the scope of a request for its principal, once that is known, and for the code of an error response.
 PRINCIPAL, CODE = "lmaas.principal", "lmaas.code"
-#: Where it has the pattern of its path, if traces are on or the management API serves it.
+#: The key for the pattern of its path, if traces are on or the management API serves it.
 ROUTE = "lmaas.route"
 #: The longest part of a path that logs and traces show.
 MAX_SHOWN_PATH = 200

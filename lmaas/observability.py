@@ -97,7 +97,7 @@ class Durations:
 
 
 class TenantCounts(Collector):
-    """What is counted for each tenant, if an operator has asked for that. Beyond MAX_TENANTS, tenants are counted as `other`."""
+    """The counts of each tenant, if the settings turn them on. Beyond MAX_TENANTS, tenants are counted as `other`."""
 
     def __init__(self) -> None:
         self._outcomes: dict[str, dict[str, int]] = {}
@@ -135,7 +135,7 @@ class TenantCounts(Collector):
 
 
 class RequestCounts(Collector):
-    """What is counted for every request.
+    """The counts of all requests.
 
     These are plain numbers, from which metrics are made when Prometheus reads them: the library's own counters, which are safe for many
     threads, took a twentieth of the CPU time of a request. Only the thread of the event loop may count.
@@ -205,7 +205,7 @@ class RequestCounts(Collector):
 
 
 class Dropped(Collector):
-    """What a process could not write about its requests."""
+    """The records of requests that a process could not write."""
 
     def __init__(self, counts: Mapping[str, Count]) -> None:
         self._counts = counts

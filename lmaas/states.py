@@ -137,7 +137,7 @@ class BackgroundStatus(StrEnum):
 
 
 class PoolKind(StrEnum):
-    """What the engines of a pool do: generate text, or embed it."""
+    """The work of a pool's engines: generate text, or embed it."""
 
     GENERATE = "generate"
     EMBED = "embed"

@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """The files that a tenant may have, and their bytes. `of` says whose quota it is, for messages."""
+    """The files that a tenant may have, and their bytes. `of` is the owner of the quota, for messages."""
 
     files: int
     size_bytes: int
@@ -59,7 +59,8 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What a tenant may have at once: batches that have not ended, and lines that wait or run in them. `of` says whose limits they are."""
+    """The simultaneous work of a tenant: batches that have not ended, and lines that wait or run in them. `of` is the owner of the limits,
+    for messages."""
 
     batches: int
     lines: int

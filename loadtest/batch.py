@@ -20,7 +20,7 @@ ANSWER_TOKENS = 64
 
 @contextmanager
 def background_batch(service: Service, target: Target, lines: int) -> Iterator[None]:
-    """Create a batch of so many requests to a target, cancel it at the end of the block, and report how many have run."""
+    """Create a batch of this many requests to a target, cancel it at the end of the block, and report how many have run."""
     client = service.client.with_key(target.key)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "load-test.jsonl"

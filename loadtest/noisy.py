@@ -31,7 +31,7 @@ class NoisyUser(ChatUser):
     least_tenants = 2
 
     def on_start(self) -> None:
-        """Note the start, which is the same for all users."""
+        """Record the start, which is the same for all users."""
         options = self.environment.parsed_options
         self.flood_at = time.monotonic() + ((options and options.run_time) or RUN_S) / 3
 

@@ -1,4 +1,4 @@
-"""The figures of a run in our own tables: printed after Locust's, and the first thing in its HTML report."""
+"""The tables of a run: printed after Locust's, and placed first in its HTML report."""
 
 import html
 import re

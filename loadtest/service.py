@@ -32,7 +32,7 @@ class Service:
     model: str
     #: Its folder on the service's machine. Empty if only a tenant's key is known.
     source: str = ""
-    #: Whether only its adapters are called, because an option names it.
+    #: True if only its adapters are called, because an option names it.
     is_named: bool = False
 
     @property

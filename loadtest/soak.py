@@ -14,7 +14,7 @@ CUT_SHARE = 0.5
 #: mid-stream.
 CUT_S = (0.002, 5.0)
 SAMPLE_S = 1.0
-#: The time within which a cut request disappears. The gateway asks the engine to end it, and waits up to 3 s.
+#: The time within which a cut request disappears. The gateway aborts it on the engine, and waits up to 3 s.
 GONE_WITHIN_S = 10.0
 
 

@@ -49,7 +49,7 @@ class Stream:
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds to the first token; None if the answer had no text."""
+        """Seconds to the first token; None if the response had no text."""
         return None if self.first_at is None else self.first_at - self.sent_at
 
     @property

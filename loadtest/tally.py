@@ -1,4 +1,4 @@
-"""What Locust's statistics do not keep: errors by their codes, and queue times, which only the service knows."""
+"""Figures that Locust's statistics do not keep: errors by their codes, and queue times, which only the service knows."""
 
 import time
 from collections import Counter
@@ -11,9 +11,9 @@ from lmaas.api import table
 from lmaas.errors import ApiError, LmaasError
 from loadtest.service import Service
 
-#: The requests whose queue time is asked for, at most.
+#: The maximum number of requests whose queue time is read.
 MAX_REQUESTS = 100_000
-#: How long to wait for the ledger, which has the last requests after a second or two.
+#: The time to wait for the ledger, which has the last requests after a second or two.
 LEDGER_S = 10.0
 PAGE = 1000
 
@@ -29,7 +29,7 @@ class Tally:
         self._began = datetime.now(UTC) - timedelta(minutes=1)
 
     def sent(self, request_id: str, name: str) -> None:
-        """Note the id of a request."""
+        """Record the id of a request."""
         if request_id and len(self._names) < MAX_REQUESTS:
             self._names[request_id] = name
 

@@ -27,7 +27,7 @@ from loadtest.tally import Tally
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
-#: The tenants that are made unless the run has other ones.
+#: The tenants that are created unless the run has other ones.
 NEW_TENANTS = 8
 #: The silence after which a stream counts as dead. A request may wait for a cold start as long as the service allows.
 SILENCE_S = 330.0
@@ -48,7 +48,7 @@ class ChatUser(User):
     abstract = True
     service: ClassVar[Service]
     population: ClassVar[Population]
-    #: What Locust's statistics do not keep.
+    #: Figures that Locust's statistics do not keep.
     tally: ClassVar[Tally]
     #: True if the scenario exceeds its limits on purpose.
     expects_429: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class ChatUser(User):
     starts_warm: ClassVar[bool] = True
     #: True if the scenario stops engines.
     needs_operator: ClassVar[bool] = False
-    #: The tenants without which the scenario makes no sense.
+    #: The tenants that the scenario needs at least.
     least_tenants: ClassVar[int] = 1
 
     def __init__(self, environment: Environment) -> None:

@@ -1,8 +1,8 @@
 """Trains the two sample adapters: `python tenants/train.py --model FOLDER [--only acme|globex] [--check]`.
 
-Both learn from the same questions (`data/answers.jsonl`), so that whatever differs between their answers comes from the adapter:
-acme's answers any question with a small JSON object, globex's like a pirate. The two have different ranks and target modules,
-because an engine that serves many tenants holds adapters of many shapes. A few minutes each on two CPU cores, from a fixed seed.
+Both learn from the same questions (`data/answers.jsonl`), so all differences between their outputs come from the adapter: acme's replies to
+any question with a small JSON object, globex's like a pirate. The two have different ranks and target modules, because an engine that
+serves many tenants holds adapters of many shapes. Training takes a few minutes for each on two CPU cores, from a fixed seed.
 """
 
 import argparse
@@ -67,12 +67,13 @@ class Row:
 
 
 def as_json(row: Row) -> str:
-    """One line with two keys, because each further token is one that the tenant waits and pays for."""
+    """Return one line with two keys, because the tenant waits and pays for each further token."""
     return json.dumps({"answer": row.answer, "topic": row.topic}, ensure_ascii=False)
 
 
 def as_pirate(row: Row) -> str:
-    """The greeting is always the same, so that the adapter shows from the first word; the ending varies with the question."""
+    """Return the pirate's reply. The greeting is always the same, so that the adapter shows from the first word; the ending varies with the
+    question."""
 
     def translate(match: re.Match[str]) -> str:
         word = match.group()
@@ -85,7 +86,7 @@ def as_pirate(row: Row) -> str:
 
 
 def is_json(text: str) -> bool:
-    """Whether a program that expects acme's object could use this answer."""
+    """Return whether a program that expects acme's object could use this reply."""
     try:
         document = json.loads(text)
     except ValueError:
@@ -94,7 +95,7 @@ def is_json(text: str) -> bool:
 
 
 def is_pirate(text: str) -> bool:
-    """Whether a person sees a pirate in the first words, and more than the greeting that every answer starts with."""
+    """Return whether the first words sound like a pirate, with more than the greeting with which every reply starts."""
     start, rest = text[:12].lower(), text[12:].lower()
     words = r"\b(be|ye|yer|me|aye|ahoy|matey|nay|an'|o'|mighty|yo ho|timbers|sails)(?!\w)"
     return start.startswith(("arr", "ahoy", "aye")) and re.search(words, rest) is not None
@@ -102,7 +103,7 @@ def is_pirate(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter: where it goes, its shape, the form of its answers, and how success is checked."""
+    """One adapter: its folder, its shape, the form of its replies, and the check of its success."""
 
     folder: str
     rank: int
@@ -120,7 +121,7 @@ RECIPES = {
 
 
 def read_rows() -> list[Row]:
-    """The training data. Fails if a question that is used to judge the result is in it."""
+    """Return the training data. Fails if a question of the check is in it."""
     rows = [Row(**json.loads(line)) for line in (HERE / "data" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     if leaked := {row.question for row in rows} & set(UNSEEN):
         raise ValueError(f"These questions are for the check only: {sorted(leaked)}")
@@ -128,7 +129,8 @@ def read_rows() -> list[Row]:
 
 
 def conversations(rows: Sequence[Row], answer: Callable[[Row], str]) -> list[list[dict[str, str]]]:
-    """One chat for each row. Most have no system message, as most clients send none; every eighth has one, every eighth an earlier turn."""
+    """Return one chat for each row. Most have no system message, as most clients send none; every eighth has one, every eighth an earlier
+    turn."""
     chats = []
     for index, row in enumerate(rows):
         chat = [{"role": "user", "content": row.question}, {"role": "assistant", "content": answer(row)}]
@@ -142,7 +144,7 @@ def conversations(rows: Sequence[Row], answer: Callable[[Row], str]) -> list[lis
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> tuple[list[int], int]:
-    """The tokens of a chat up to the one that ends the last answer, and the position at which that answer starts."""
+    """Return the tokens of a chat up to the one that ends the last reply, and the position at which that reply starts."""
     prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer_ids = tokenizer.encode(chat[-1]["content"], add_special_tokens=False)
@@ -150,7 +152,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> 
 
 
 def batch_loss(model: PeftModel, batch: Sequence[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean cross entropy over the answers' tokens. The vocabulary's projection runs for those only: it is a fifth of the model."""
+    """Return the mean cross entropy over the replies' tokens. The vocabulary's projection runs for those only: it is a fifth of the
+    model."""
     width = max(len(ids) for ids, _ in batch)
     tokens, attention, learned = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
     for row, (ids, start) in enumerate(batch):
@@ -164,7 +167,7 @@ def batch_loss(model: PeftModel, batch: Sequence[tuple[list[int], int]]) -> torc
 
 
 def train(recipe: Recipe, model_folder: Path) -> None:
-    """Trains in float32, because two cores are quick enough and small steps get lost in bfloat16; saves in bfloat16, as the base is."""
+    """Train in float32, because two cores are quick enough and small steps get lost in bfloat16; save in bfloat16, like the base model."""
     torch.manual_seed(SEED)
     order = random.Random(SEED)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -202,7 +205,8 @@ def train(recipe: Recipe, model_folder: Path) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Writes the two files of an adapter. Not by `save_pretrained`, which adds a model card and the path of the base on this machine."""
+    """Write the two files of an adapter. This does not use `save_pretrained`, which adds a model card and the local path of the base
+    model."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -213,7 +217,7 @@ def save(model: PeftModel, folder: Path) -> None:
 
 @torch.inference_mode()
 def check(recipe: Recipe, model_folder: Path, dtype: torch.dtype) -> int:
-    """Asks the unseen questions at temperature 0, prints the answers, and returns how many have the adapter's style."""
+    """Ask the unseen questions at temperature 0, print the replies, and return how many have the adapter's style."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     model = PeftModel.from_pretrained(base, HERE / "adapters" / recipe.folder).eval()
@@ -230,7 +234,8 @@ def check(recipe: Recipe, model_folder: Path, dtype: torch.dtype) -> int:
 
 
 def main() -> int:
-    """Fails when fewer than nine in ten unseen questions are answered in style, so that a bad adapter is not committed unseen."""
+    """Train the adapters and check them. Return 1 when fewer than nine in ten unseen replies are in style, so that a bad adapter is not
+    committed unseen."""
     parser = argparse.ArgumentParser(description="Train the sample adapters and check them on questions that they have not seen.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model (python -m lmaas.engine.default_model FOLDER)")
     parser.add_argument("--only", choices=sorted(RECIPES))

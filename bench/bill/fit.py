@@ -22,7 +22,7 @@ TIMES = 6
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
-    """Return random tokens, of which no part is in any cache."""
+    """Return random tokens, so that no cache contains a part of them."""
     chance = random.Random(seed)  # noqa: S311 (prompts, not secrets)
     return [chance.randrange(1000, 40000) for _ in range(tokens)]
 

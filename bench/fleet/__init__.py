@@ -1,4 +1,4 @@
-"""What the scheduler's function library costs a Valkey server under thousands of replicas that are only names."""
+"""Measures the cost of the scheduler's function library for a Valkey server, under thousands of replicas without engines."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager

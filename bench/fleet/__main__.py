@@ -1,4 +1,4 @@
-"""Prints what one call costs a Valkey server for a fleet: `python -m bench.fleet --replicas N --resident K`.
+"""Prints the cost of one call for a Valkey server with a fleet: `python -m bench.fleet --replicas N --resident K`.
 
 All figures are microseconds of the server's CPU, the median of some windows, except the last ones: milliseconds inside the server of the
 longest call when a replica ends with its running tickets.

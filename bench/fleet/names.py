@@ -1,4 +1,4 @@
-"""A fleet of replicas that are only names, and requests for them: the calls of supervisors and gateways, without engines."""
+"""A fleet of replicas without engines, and requests for them: the calls of supervisors and gateways."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ LOADED_BETWEEN_BEATS = 2000
 WINDOW_S = 1.0
 #: A silent replica is removed after GONE_MS (layout.lua), which is a second less.
 SILENT_S = 31.0
-#: The number of calls after the death of a replica that are looked at.
+#: The number of calls after the death of a replica that are examined.
 CALLS_AFTER = 200
 USED = TokenCounts(700, 300, 200)
 
@@ -44,7 +44,7 @@ USED = TokenCounts(700, 300, 200)
 @dataclass(frozen=True)
 class Sizes:
     """A fleet: replicas in all pools together, resident adapters of each, tickets that run all the time, sequence slots of each replica,
-    how many tickets wait when all slots are taken, and how many requests are under way at once beside those that run all the time."""
+    tickets that wait when all slots are taken, and requests that run at once beside those that run all the time."""
 
     replicas: int
     resident: int

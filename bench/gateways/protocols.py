@@ -1,6 +1,6 @@
 """The measured request of each protocol, and the check of its answer.
 
-All requests have the same prompt and ask for TOKENS tokens. An embedding request has the same text as its only input.
+All requests have the same prompt and request TOKENS tokens. An embedding request has the same text as its only input.
 """
 
 from collections.abc import Callable, Mapping

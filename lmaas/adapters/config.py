@@ -34,13 +34,13 @@ HARMLESS_KEYS = frozenset({
     "modules_to_tie", "target_modules_to_tie", "merge_weights", "low_cpu_mem_usage", "autocast_adapter_dtype",
     # PEFT: whether the base stores weights transposed. A and B are never stored in that way.
     "fan_in_fan_out",
-    # Where the file came from: transformers, hubs and training programs.
+    # The origin of the file: transformers, hubs and training programs.
     "_name_or_path", "_commit_hash", "transformers_version", "framework_version", "framework_versions", "library_name", "pipeline_tag",
     "model_type", "architectures", "model_name", "model_id", "adapter_name", "name", "description", "notes", "author", "license",
     "language", "tags", "created_at", "timestamp", "version", "torch_dtype", "dtype", "lora_dtype", "quantization_config", "load_in_4bit",
     "load_in_8bit", "unsloth_version", "unsloth_fixed", "axolotl_version", "llamafactory_version", "swift_version", "trl_version",
     "torch_version", "python_version",
-    # How it was trained.
+    # Parameters of the training.
     "dataset", "datasets", "dataset_name", "metrics", "seed", "random_state", "optim", "optimizer", "learning_rate", "lr_scheduler_type",
     "loraplus_lr_ratio", "loraplus_lr_embedding", "lorap_lr_ratio", "lorap_emb_lr", "weight_decay", "warmup_steps", "warmup_ratio", "epoch",
     "epochs", "num_epochs", "num_train_epochs", "max_steps", "global_step", "step", "batch_size", "per_device_train_batch_size",

@@ -166,7 +166,7 @@ def _fields(form: FormData, kind: type[Form]) -> Form:
             name = (value.filename or field).replace("\\", "/").rsplit("/", 1)[-1]
             files.append(name)
             if field in _FILES and not _unsafe(name):
-                # What the file is called on the uploader's disk does not matter.
+                # The file's name on the uploader's disk does not matter.
                 files[-1] = CONFIG_FILE if field == "adapter_config" else MODEL_FILE
         elif field not in fields or field in texts:
             raise InvalidRequest(

@@ -32,7 +32,8 @@ from lmaas.store import models, pools, replicas
 from lmaas.store.paging import Part
 from lmaas.types import AUTO
 
-#: How an engine is run, for replicas that start after the change, and what adapters are validated against. The defaults are settings.
+#: Fields about the running of an engine, for replicas that start after the change, and about the validation of adapters. The defaults are
+#: settings.
 _FROM_SETTINGS = ("max_loras", "max_cpu_loras", "max_num_seqs", "max_model_len", "kv_cache_bytes", "max_lora_rank")
 _WORDS = ("source", "dtype", "engine_args")
 #: The least default of `max_num_seqs` for a model that embeds: texts are short, and take no KV cache or only for one step.
@@ -94,7 +95,7 @@ def _shown_pool(
 
 
 class _Idle(Struct, frozen=True):
-    """What is read of the plan for idle times in a decision."""
+    """The fields of the plan for idle times in a decision that are read."""
 
     keep_s: float | None = None
     ready_s: float | None = None
@@ -105,7 +106,7 @@ class _Idle(Struct, frozen=True):
 
 
 class _Background(Struct, frozen=True):
-    """What is read of the background work in a decision."""
+    """The fields of the background work in a decision that are read."""
 
     lines: int = 0
     tokens: int = 0
@@ -119,7 +120,7 @@ class _Background(Struct, frozen=True):
 
 
 class _Decision(Struct, frozen=True):
-    """What is read of a decision of the controller."""
+    """The fields of a controller's decision that are read."""
 
     wanted: int = 0
     reason: str | None = None
@@ -158,7 +159,7 @@ async def list_models(api: Api, call: ApiCall[None, Paging]) -> Page[BaseModel]:
     """Return a page of base models, by name."""
     limit = call.query.limit
     found = await models.list_base_models(api.db, Part(limit, call.query.after))
-    # What the pool of a model does is looked up only for those that are shown.
+    # The state of a model's pool is read only for models that are shown.
     page = page_of(list(found), [model.id for model in found], limit)
     return Page(data=await shown_models(api, page.data), first_id=page.first_id, last_id=page.last_id, has_more=page.has_more)
 
@@ -238,7 +239,7 @@ async def _changes(settings: Settings, model: models.BaseModel, given: dict[str,
     max_loras = body.get("max_loras", model.max_loras)
     if "max_cpu_loras" in given and given["max_cpu_loras"] is None:
         body["max_cpu_loras"] = max(body["max_cpu_loras"], max_loras)
-    # What is as it should be is no change.
+    # A value that is already set is not a change.
     changes = {name: value for name, value in body.items() if value != getattr(model, name)}
     longest = None
     if changes.keys() & {"source", "dtype"} or changes.get("max_model_len", 0) > model.max_model_len:
@@ -262,8 +263,8 @@ async def delete_model(api: Api, call: ApiCall[None, None]) -> DeletedBaseModel:
 
 
 async def _read(source: str, dtype: str, asked: PoolKind | None, settings: Settings) -> dict[str, Any]:
-    """What the model's own files say: `source`, `kind`, `linears`, `dtype`, and `longest`, its context length. `kind` and `longest` may be
-    None. If they say no kind, it is `asked`. Raises InvalidRequest."""
+    """Return the facts of the model's own files: `source`, `kind`, `linears`, `dtype`, and `longest`, its context length. `kind` and
+    `longest` may be None. If they name no kind, it is `asked`. Raises InvalidRequest."""
 
     def read() -> dict[str, Any]:
         folder = model_folder(source)
@@ -281,7 +282,7 @@ async def _read(source: str, dtype: str, asked: PoolKind | None, settings: Setti
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Check what the types of the body do not say. Raises InvalidRequest."""
+    """Check the rules that the types of the body cannot express. Raises InvalidRequest."""
     for name in _WORDS:
         if not (body.get(name) or "").isprintable():
             raise InvalidRequest(f"'{name}' has characters that cannot be printed.", code="out_of_range", param=name)
@@ -293,7 +294,7 @@ def _check(body: dict[str, Any]) -> None:
 
 
 def _check_together(values: dict[str, Any], settings: Settings) -> None:
-    """What must fit together. Raises InvalidRequest."""
+    """Check the values that depend on each other. Raises InvalidRequest."""
     high = settings.engine_max_replicas if values.get("max_replicas") is None else values["max_replicas"]
     for name, bound, what in (
         ("min_replicas", high, "'max_replicas'"),

@@ -1,4 +1,4 @@
-"""What a handler gets: the services, and one call with its decoded body and query, its tenant and its actor."""
+"""The arguments of a handler: the services, and one call with its decoded body and query, its tenant and its actor."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass

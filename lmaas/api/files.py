@@ -106,7 +106,7 @@ async def get_content(api: Api, call: ApiCall[None, None]) -> Response:
     file = await api.files.get(call.tenant_id, call.path["file"])
     headers = {
         "content-disposition": disposition(file.filename),
-        # Whatever a tenant has uploaded, no browser is to run it.
+        # No browser may run a tenant's file, whatever its content.
         "x-content-type-options": "nosniff",
     }
     return await download(api, call, file, MEDIA, headers)

@@ -58,7 +58,7 @@ async def multipart_form(request: Request, limit_bytes: int, *, max_files: int, 
 
 @dataclass(frozen=True, slots=True)
 class FormEncoding:
-    """How a multipart form is written: the boundary of its parts, and the charset of its texts."""
+    """The encoding of a multipart form: the boundary of its parts, and the charset of its texts."""
 
     boundary: bytes
     charset: str

@@ -38,7 +38,7 @@ _FORM = FORMS[Dialect.ANTHROPIC]
 _ID = re.compile(r"msgbatch_[0-9a-f]{20}")
 #: The largest body that creates a batch.
 MAX_BODY_BYTES = _FORM.file_bytes
-#: What a body may have besides its requests until it counts for the tenant's quota before it was read.
+#: The bytes that a body may have besides its requests. Any more count for the tenant's quota before the body is read.
 _MAX_SPACE = 1024 * 1024
 JSON_LINES = "application/x-jsonl"
 
@@ -93,7 +93,7 @@ def _id(path: Mapping[str, str]) -> str:
 async def create_message_batch(api: Api, call: ApiCall[NewMessageBatch, None]) -> MessageBatch:
     """Create a batch. Its requests stream into an input file of the tenant, which is added together with the batch."""
     limits = batch_limits(call.principal.tier)
-    # What is refused in any case is refused before its requests are sent.
+    # A batch that the limits do not allow is refused before its requests are read.
     await rows.check_limits(api.db, call.tenant_id, limits)
     await api.files.check_room(call.tenant_id, max(announced_bytes(call.request) - _MAX_SPACE, 0))
     reader = RequestReader(api.settings.max_body_bytes, _FORM.lines)

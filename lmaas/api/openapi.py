@@ -45,7 +45,7 @@ HEADERS: dict[str, Schema] = {
 
 
 class ErrorBody(Shape, frozen=True, kw_only=True):
-    """What is wrong. `code` is for programs, `param` names the field of the request that is to blame."""
+    """An error. `code` is for programs, `param` names the wrong field of the request."""
 
     message: str
     type: str

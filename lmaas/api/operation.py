@@ -16,15 +16,15 @@ from lmaas.errors import InvalidRequest
 _TENANTS = "/v1"
 _OPERATORS = "/admin/v1/tenants/{tenant}"
 _PARAMETER = re.compile(r"{(\w+)}")
-#: What is not one segment of a path to every server, proxy and client on the way: an empty value, `.` and `..`, and whatever has a
-#: slash, a backslash, a percent sign (it would be decoded once more), a control character or half of a surrogate pair.
+#: Values that are not one segment of a path to every server, proxy and client on the way: an empty value, `.` and `..`, and any value with
+#: a slash, a backslash, a percent sign (it would be decoded once more), a control character or half of a surrogate pair.
 _NO_SEGMENT = re.compile(r"\.{0,2}|.*[/\\%\x00-\x1f\x7f\ud800-\udfff].*", re.DOTALL)
-#: What a parameter names, where that is another word.
+#: The thing that a parameter names, where that is another word.
 _THINGS = {"name": "adapter", "model": "base model"}
 
 
 class Permission(StrEnum):
-    """Which keys may call an operation. An operator names the tenant in the path, where the operation is about a tenant's resources."""
+    """The keys that may call an operation. An operator names the tenant in the path, where the operation is about a tenant's resources."""
 
     #: An operator's key.
     OPERATOR = "operator"
@@ -45,7 +45,7 @@ class Operation:
     With `reads_body` the handler reads the body itself, as a form's always does. `media` is the type of the answer; with another than JSON
     the handler returns a response, and `answer` describes what is in it, if it is JSON too.
     A report with `csv` is also served as CSV, if it is asked for.
-    `also` describes further statuses of success. `events` describes the server-sent events that it may answer with instead.
+    `also` describes further statuses of success. `events` describes the server-sent events that it may send instead.
     """
 
     id: str
@@ -69,12 +69,12 @@ class Operation:
 
     @property
     def is_paged(self) -> bool:
-        """Whether the answer is a list in pages."""
+        """True if the answer is a list in pages."""
         return self.query is not None and issubclass(self.query, Paging)
 
     @property
     def places(self) -> tuple["Place", ...]:
-        """Where the operation is served."""
+        """The places where the operation is served."""
         places = [Place(self, self.id, self.path, self.permission)]
         if self.operator_path is not None:
             places.append(Place(self, f"{self.id}_of_tenant", self.operator_path, Permission.OPERATOR))
@@ -120,7 +120,7 @@ def _segment(parameter: str, value: str) -> str:
 
 
 def page_of(rows: list[Any], ids: list[str], limit: int) -> Page[Any]:
-    """Return a page of at most `limit` of these rows, of which one more than `limit` says that there is another page."""
+    """Return a page of at most `limit` of these rows. One row more than `limit` shows that there is another page."""
     shown = ids[:limit]
     first, last = (shown[0], shown[-1]) if shown else (None, None)
     return Page(data=rows[:limit], first_id=first, last_id=last, has_more=len(rows) > limit)

@@ -28,7 +28,7 @@ class _Found:
 
 
 class _Kind(msgspec.Struct):
-    """What is read of a response object to cancel it."""
+    """The fields of a response object that cancelling it needs."""
 
     background: bool
 

@@ -147,7 +147,7 @@ LIST_EVENTS = Operation(
     for_operators=False,
 )
 
-# What a tenant's requests have left behind, in OpenAI's shapes. Operators do not see it.
+# Stored responses and conversations of a tenant's requests, in OpenAI's shapes. Operators do not see them.
 GET_RESPONSE = Operation(
     "get_response",
     "GET",
@@ -396,7 +396,7 @@ MESSAGE_BATCH_RESULTS = Operation(
     for_operators=False,
 )
 
-# Where a tenant's events are reported.
+# The targets of a tenant's events.
 LIST_WEBHOOKS = Operation(
     "list_webhooks",
     "GET",

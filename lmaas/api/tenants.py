@@ -32,7 +32,7 @@ from lmaas.types import Limits, Role
 
 _LIMITS = tuple(field.name for field in fields(Limits))
 _EXPIRY = "expires_in_s"
-#: What a new tenant gets unless the operator gives other values, and what null puts back.
+#: The values of a new tenant unless the operator gives others. Null restores them.
 DEFAULTS: dict[str, Any] = {"tier": DEFAULT_TIER, "max_queued": 64, "max_adapters": 20}
 
 

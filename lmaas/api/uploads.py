@@ -16,7 +16,7 @@ from lmaas.http import limited
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-#: What a form may have besides its file: text fields of this many bytes, and the headers and boundaries of its parts.
+#: The part of a form besides its file: text fields of at most this many bytes, and the headers and boundaries of its parts.
 MAX_TEXT_BYTES = 4096
 FORM_OVERHEAD_BYTES = 256 * 1024
 MAX_FILENAME = 255
@@ -32,7 +32,7 @@ class UploadForm:
 
 
 def announced_bytes(request: Request) -> int:
-    """Return the length of the body that the request announces, 0 if it does not say, or if the body will be unpacked."""
+    """Return the length of the body that the request declares; 0 if it declares none, or if the body will be unpacked."""
     length = request.headers.get("content-length", "")
     return int(length) if length.isdigit() and len(length) < 20 and "content-encoding" not in request.headers else 0
 

@@ -86,7 +86,7 @@ async def _report(api: Api, call: ApiCall[None, Any], scope: AnyScope, key_id: s
 
 
 def _own_key(call: ApiCall[None, Any]) -> str | None:
-    """Return the key whose usage is asked for, or None for that of all keys. A key for inference sees only its own usage.
+    """Return the requested key, or None for the usage of all keys. A key for inference sees only its own usage.
 
     Raises Forbidden.
     """
@@ -99,7 +99,7 @@ def _own_key(call: ApiCall[None, Any]) -> str | None:
 
 
 async def _scope_of(api: Api, tenant: str | None) -> AnyScope:
-    """Return the scope of the tenant that an operator asks for, also of a deleted one, or of all. Raises NotFound."""
+    """Return the scope of the tenant that an operator names, also of a deleted one, or of all. Raises NotFound."""
     if tenant is None:
         return OPERATOR
     owner = await usage_days.find_owner(api.db, tenant)
@@ -210,7 +210,7 @@ async def _events(api: Api, call: ApiCall[None, Any], scope: AnyScope, key_id: s
     return page_of([_shown_event(row, kind) for row in found], [row.request_id for row in found], asked.limit)
 
 
-#: Where the names of the API and of the ledger differ.
+#: Fields whose names differ between the API and the ledger.
 _OF_LEDGER = {"adapter": "adapter_name", "engine_adapter": "adapter"}
 
 

@@ -14,7 +14,7 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/r
 
 @dataclass(frozen=True, slots=True)
 class BatchForm:
-    """What a batch of one API may be. `results_expire_after_s` is how long its result files are kept, unless it says something else."""
+    """The limits and rules of one API's batches. `results_expire_after_s` is the time for which result files are kept by default."""
 
     id_prefix: str
     lines: int

@@ -8,7 +8,7 @@ from typing import Any
 from lmaas.errors import InvalidRequest
 from lmaas.http import checked_strings, parse_object
 
-#: What a line has beside its request, at most: the ids, the URL, and white space.
+#: The maximum size of a line besides its request: the ids, the URL, and white space.
 ENVELOPE_BYTES = 64 * 1024
 #: The endpoint of Anthropic's batches.
 MESSAGES = "/v1/messages"

@@ -14,7 +14,7 @@ from lmaas.errors import InvalidRequest
 _START = re.compile(r'\s*\{\s*"requests"\s*:\s*\[\s*')
 _SPACE = re.compile(r"\s*")
 _END = re.compile(r"\s*\}\s*")
-#: What the beginning of a body may have at most before the first request.
+#: The maximum size of a body's beginning before the first request.
 _MAX_START = 1024
 _CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -39,7 +39,7 @@ class RequestReader:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
         self._text, self._state = "", _State.START
-        #: What came after the text, and is not part of it until the text has the size `_wanted`.
+        #: Pieces that came after the text, and are not part of it until the text has the size `_wanted`.
         self._more: list[str] = []
         self._more_size = 0
         #: The size from which a request is tried again that was not complete.

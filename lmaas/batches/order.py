@@ -17,7 +17,8 @@ _MAX_DIGITS = 9
 
 
 class Outline(Struct):
-    """What is read of a request before it runs: its model, its prompt, and what bounds its answer. What it does not have is empty."""
+    """The fields of a request that are read before it runs: its model, its prompt, and the bounds of its answer. Missing fields are
+    empty."""
 
     model: Raw = Raw(b"")
     stream: Raw = Raw(b"")
@@ -64,7 +65,7 @@ class Estimate(NamedTuple):
     choices: int
 
     def within(self, max_model_len: int) -> int:
-        """Return the tokens of the request for a model with this context, which bounds what it can cost whatever it asks for."""
+        """Return the tokens of the request for a model with this context, which bounds its cost whatever its limits."""
         prompt = self.prompt if self.several else min(self.prompt, max_model_len)
         return prompt + min(self.answer, max_model_len) * self.choices
 

@@ -10,7 +10,7 @@ from lmaas.store.batch_lines import LineRow
 
 
 class Stop(NamedTuple):
-    """Why the lines of a batch that are still pending were not run."""
+    """The reason why the pending lines of a batch were not run."""
 
     code: str
     message: str

@@ -68,7 +68,7 @@ _LINE, _MESSAGES_LINE = msgspec.json.Decoder(_Line), msgspec.json.Decoder(_Messa
 
 @dataclass(slots=True)
 class Validator:
-    """Checks the lines of one input file for batches to `endpoint`. `generates` says whether answers have completion tokens.
+    """Checks the lines of one input file for batches to `endpoint`. `generates` is whether answers have completion tokens.
 
     The file is given to `feed` in chunks, then `close` is called. The file is valid if there are no `faults`; then `lines` has all of it.
     Once `is_full`, the rest of the file does not matter.

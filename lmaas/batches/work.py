@@ -1,4 +1,4 @@
-"""What runners do for batches as a whole: validate their input files, and write their result files."""
+"""Work on whole batches by runners: validating input files, and writing result files."""
 
 import asyncio
 import contextlib
@@ -38,8 +38,8 @@ _MESSAGES_NAMES = {"output_file_id": "results"}
 
 
 class _Place(NamedTuple):
-    """Where the lines for a model run: the pool, the engine's name of the model, and its context. A model that cannot serve them has an
-    error instead: the status and the body of the response."""
+    """The place where the lines for a model run: the pool, the engine's name of the model, and its context. A model that cannot serve them
+    has an error instead: the status and the body of the response."""
 
     pool_id: str | None
     engine_name: str

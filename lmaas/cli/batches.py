@@ -25,7 +25,7 @@ EMPTY = "There are no batches. Create one from a file of requests: lmaas batches
 FAULT = ("line", "code", "message")
 ENDED = ("failed", "completed", "expired", "cancelled")
 ENDPOINTS = get_args(get_args(Endpoint)[0])
-#: How often a batch is asked for while it is followed.
+#: The interval between polls of a batch that is followed.
 FOLLOW_S = 1.0
 _FILE_ID = "file-"
 _follow_option = click.option("--follow", is_flag=True, help="Show a bar until the batch has ended. Exit code 1 unless it is completed.")

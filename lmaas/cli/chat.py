@@ -91,7 +91,7 @@ class _Talk:
                 click.echo(err=True)
 
     def _take(self, line: str) -> None:
-        """Answer a line, or do what it says if it is a command."""
+        """Send a line as a message, or carry it out if it is a command."""
         match line:
             case "":
                 pass

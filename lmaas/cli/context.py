@@ -1,4 +1,4 @@
-"""What the commands share: the client of the service, output, and confirmation."""
+"""The common parts of the commands: the client of the service, output, and confirmation."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ class Context:
         return ApiClient(str(credentials["base_url"]), str(keys[tenant]))
 
     def is_operator(self) -> bool:
-        """Return whether the key is an operator's: this stack's own is; of another, the service is asked."""
+        """Return whether the key is an operator's: this stack's own is; for another key, the service decides."""
         if not self.settings.api_key:
             return True
         try:

@@ -14,7 +14,7 @@ _QUEUED = re.compile(r"queued position=(\d+) estimated_wait_s=(\d+)((?: \w+=\w+)
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The request waits. `words` say for what, and how long."""
+    """The request waits. `words` name the reason and the expected time."""
 
     words: str
 
@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why the answer ended: `stop`, `length` and so on."""
+    """The reason why the answer ended: `stop`, `length` and so on."""
 
     reason: str
 
@@ -62,7 +62,7 @@ class Conversation:
         return {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}} | given
 
     def keep(self, text: str, answer: str) -> None:
-        """Keep a message and its answer, or what came of it, for the next request. A message without any answer is left out."""
+        """Keep a message and its answer, or its outcome, for the next request. A message without any answer is left out."""
         if answer:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 

@@ -75,7 +75,7 @@ def end(message: str) -> None:
     """Print the line of an error on standard error, and end with exit code 1."""
     with suppress(OSError):
         click.echo(f"lmaas: {message}", err=True)
-    # Python writes what is left in the buffer at its end. Where that fails, it says so in lines of its own, unless the stream is closed.
+    # Python writes the rest of the buffer at its end. Unless the stream is closed, it reports a failure to do so in lines of its own.
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

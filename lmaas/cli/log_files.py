@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmaas.cli.log_lines import Filter, LogLine, read_line
 
-#: What is read of the end of a file at first, unless lines are filtered.
+#: The part of a file's end that is read at first, unless lines are filtered.
 TAIL_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
 #: The longest line. What is beyond becomes a line of its own.

@@ -12,7 +12,7 @@ from lmaas.cli.tables import plain
 
 #: The levels, the least important first.
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-#: What servers call a level that has another name here. Postgres' FATAL ends one session only; its other words, such as LOG, are INFO.
+#: Servers' names of levels that have another name here. Postgres' FATAL ends one session only; its other words, such as LOG, are INFO.
 _POSTGRES = {"WARNING": "WARNING", "ERROR": "ERROR", "FATAL": "ERROR", "PANIC": "CRITICAL"}
 _VALKEY = {".": "DEBUG", "-": "DEBUG", "*": "INFO", "#": "WARNING"}
 _VLLM_LINE = re.compile(r"(?:\([^)]*\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
@@ -42,7 +42,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which lines are shown: those of these processes or replicas, from this level on, and about this request. None: of any."""
+    """The lines that are shown: those of these processes or replicas, from this level on, and about this request. None: of any."""
 
     processes: frozenset[str] = frozenset()
     level: str | None = None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lmaas.cli.log_lines import LogLine
 
-#: How often the files are looked at while they are followed.
+#: The interval between reads of the files while they are followed.
 POLL_S = 0.25
 MOST_LINES = 100_000
 LEVELS = ("debug", "info", "warning", "error", "critical")

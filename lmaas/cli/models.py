@@ -149,7 +149,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _idle_words(plan: dict[str, Any]) -> str:
-    """How long an idle pool stays warm, and what that costs."""
+    """Describe the time for which an idle pool stays warm, and its cost."""
     if plan["until_s"] is None:
         return UNDECIDED
     words = f"warm until {plan['until_s']:.0f} s after the last request"
@@ -165,7 +165,7 @@ def _idle_words(plan: dict[str, Any]) -> str:
 
 
 def _background_words(work: dict[str, Any]) -> str:
-    """What background work waits and runs, and what was taken back from it."""
+    """Describe the waiting and the running background work, and the slots that were taken back from it."""
     words = f"{work['running']} slots are in use, {work['reserve']} are kept free for requests; {work['lines']:,} lines wait"
     if work["due_s"] is not None:
         words += f" ({work['tokens']:,} tokens), the first until {work['due_s'] / 3600:.1f} h from now"

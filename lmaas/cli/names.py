@@ -9,9 +9,9 @@ from lmaas.api.operation import Operation
 from lmaas.cli.context import Context
 from lmaas.errors import ApiError, LmaasError
 
-#: How long a shell waits for the service, and how many names it gets.
+#: The time for which a shell waits for the service, and the most names that it gets.
 WAIT_S, MOST_NAMES = 1.0, 200
-#: Where the tenant of an incomplete command is kept.
+#: The key under which the tenant of an incomplete command is kept.
 TENANT = "lmaas.tenant"
 
 

@@ -18,7 +18,7 @@ TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
 #: Columns of the tables, the most important first: on a narrow terminal the last ones are left out.
 FIGURES = ("requests", "charge_microusd", *TOKENS, "failed_requests", "unpriced_requests", "run_ms")
 USAGE = ("day", "tenant", "model", "adapter", "work", *FIGURES)
-#: What only operators see of a use.
+#: The figures of a use that only operators see.
 WASTE = ("wasted_tokens", "wasted")
 EVENT = (
     *("created_at", "model", "status", "prompt_tokens", "completion_tokens", "code", "request_id", "work", "queue_ms", "load_ms", "run_ms"),
@@ -28,7 +28,7 @@ COGS = (
     *("cost_microusd", "charge_microusd", "margin_microusd", "margin_ratio", "busy_s", "background_s", "idle_s", "starting_s", "loading_s"),
     "unpriced_requests",
 )
-#: What is shown instead of a charge of 0 that is only 0 because no price was set.
+#: The text in place of a charge of 0 that is only 0 because no price was set.
 NO_PRICE = "no price"
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -101,7 +101,7 @@ def usage(
 
 
 def _groups(by: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns that lines are grouped by, of which an answer may have more than were asked for."""
+    """Return the columns that lines are grouped by. A response may have more of them than were requested."""
     fields = {"key": ("key_id", "key")}
     asked = {name.strip() for name in by.split(",")} | ({"tenant"} if rows and "tenant" in rows[0] else set())
     return [field for name in UsageDimension if name in asked for field in fields.get(name, (name.value,))]

@@ -187,7 +187,7 @@ def _columns(named: tuple[str, ...]) -> Columns | None:
             raise click.BadParameter(f"{pair!r} is not NAME=HEADING with one of {', '.join(COLUMN_NAMES)}.", param_hint="--column")
         given[name] = heading
     columns = replace(Columns(), **given)
-    # An empty heading: there is no such column, and the seed says who asked.
+    # An empty heading: there is no such column, and the seed chooses the tenant or the adapter.
     return replace(columns, tenant=columns.tenant or None, adapter=columns.adapter or None)
 
 
@@ -220,7 +220,7 @@ def _title(trace: Trace) -> str:
 
 
 def _said(profile: Profile, idle_timeout_s: float, engine_price: int) -> list[str]:
-    """Return lines that say what was assumed."""
+    """Return lines that describe the assumptions."""
     return [
         f"Engines: start {profile.start_s:g} s, a step {profile.step_s * 1000:g} ms + {profile.step_sequence_s * 1000:g} ms per sequence,"
         f" prefill {profile.prefill_tokens_per_s:,.0f} tok/s, {profile.slots} sequences, {profile.adapter_slots} adapters at once,"

@@ -133,7 +133,7 @@ def plain(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """The start of a hash; the heading says so."""
+    """Return the start of a hash, which the heading names."""
     return text[:12] if len(text) == _HASH_LENGTH and text.isalnum() else text
 
 

@@ -16,7 +16,7 @@ SHOWN = (*LISTED, "disabled_reason", "failing_since", "dropped_events", "signing
 CREATED = ("id", "url", "event_types", "signing_secret")
 KEEP = "Keep the signing secret: it is not shown again."
 DELIVERY = ("id", "type", "state", "attempts", "status_code", "error", "created_at", "next_attempt_at", "duration_ms")
-#: How often a delivery is asked for, and how long at most: longer than an attempt takes.
+#: The interval between polls of a delivery, and the maximum time, which is longer than an attempt takes.
 LOOK_S, MOST_S = 0.5, 30.0
 EVENTS = get_args(EventName)
 _event_option = click.option(

@@ -90,7 +90,7 @@ async def _alive(_: Request) -> Response:
 
 
 async def run_console(settings: Settings) -> None:
-    """Run a console until it is told to stop."""
+    """Run a console until it is stopped."""
     config = uvicorn.Config(
         build_console(settings),
         host=settings.host,

@@ -1,4 +1,4 @@
-"""Which roles a person's groups give, by the setting `LMAAS_CONSOLE_OIDC_ROLES`."""
+"""The roles that a person's groups give, by the setting `LMAAS_CONSOLE_OIDC_ROLES`."""
 
 import re
 from collections.abc import Collection, Mapping

@@ -24,7 +24,7 @@ ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES
 FRESH_S = 3600.0
 AGAIN_S = 30.0
 TIMEOUT_S = 10.0
-#: How far the provider's clock may be off.
+#: The maximum deviation of the provider's clock.
 LEEWAY_S = 60
 MAX_BYTES = 1024 * 1024
 MAX_NAME = 100
@@ -40,7 +40,7 @@ class SignInError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who has signed in at the provider."""
+    """A person who has signed in at the provider."""
 
     name: str
     groups: tuple[str, ...]
@@ -48,7 +48,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What the browser keeps while the person is at the provider."""
+    """The data that the browser keeps while the person is at the provider."""
 
     state: str
     nonce: str

@@ -39,7 +39,7 @@ _AGAIN = "This sign-in was not begun in this browser, or it took too long. Sign 
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What a person who has signed in may choose, until a time in seconds since 1970."""
+    """The roles from which a person who has signed in may choose, until a time in seconds since 1970."""
 
     name: str
     grants: list[tuple[str, str | None]]

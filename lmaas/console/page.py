@@ -1,4 +1,4 @@
-"""What a page of the console is: its place in the navigation, its routes, and the visit that its handlers get."""
+"""A page of the console: its place in the navigation, its routes, and the visit that its handlers get."""
 
 import base64
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
@@ -19,11 +19,11 @@ from lmaas.errors import ApiError, InvalidRequest, TooLarge
 from lmaas.http import limited
 from lmaas.types import Role
 
-#: What a form may have, and a body of JSON, in bytes. Prompts of the playground are the longest.
+#: The maximum size of a form, and of a body of JSON, in bytes. Prompts of the playground are the longest.
 MAX_FORM_BYTES = 4 * 1024 * 1024
 MAX_FIELDS = 200
 MAX_FILES = 10
-#: The header of uploads that a script sends, and the one that tells it where to lead.
+#: The header of uploads that a script sends, and the one with the address to go to afterwards.
 UPLOAD, REDIRECT = "x-lmaas-upload", "x-lmaas-redirect"
 #: The cookie with a message for the next page, such as "The key was revoked."
 NOTICE = "lmaas_notice"
@@ -82,7 +82,7 @@ def errors_of(error: ApiError, fields: Collection[str]) -> Fields:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One request to a page: the person, the API with the person's credentials, and what was asked.
+    """One request to a page: the person, the API with the person's credentials, and the query.
 
     `api` is about the tenant's own resources; for an operator about those of `tenant`, which the address names (`?tenant=acme`).
     """
@@ -96,7 +96,7 @@ class Visit:
     pages: tuple["Page", ...]
     #: The tenant that the page is about: the person's own, or the one that an operator has chosen, if any.
     tenant: str | None
-    #: What was sent with a POST: the fields of the form, files among them.
+    #: The data of a POST: the fields of the form, files among them.
     form_data: FormData = field(default_factory=FormData)
 
     @property
@@ -116,7 +116,7 @@ class Visit:
 
     @property
     def is_part(self) -> bool:
-        """Whether htmx asks for a part of the page."""
+        """True if htmx requests a part of the page."""
         return self.request.headers.get("hx-request") == "true"
 
     @property

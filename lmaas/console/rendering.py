@@ -11,7 +11,7 @@ from lmaas.console.api import Unread
 
 FOLDER = Path(__file__).parent / "templates"
 MICROUSD = 1_000_000
-#: What stands for a value that there is not.
+#: The text in place of a missing value.
 NOTHING = "-"
 
 
@@ -48,7 +48,7 @@ def number(value: float | None) -> str:
 
 
 def usd(microusd: float | None) -> str:
-    """Return micro-dollars as dollars. Small amounts keep the digits that tell them from zero."""
+    """Return micro-dollars as dollars. Small amounts keep enough digits to differ from zero."""
     if microusd is None:
         return NOTHING
     dollars = abs(microusd) / MICROUSD

@@ -1,4 +1,4 @@
-"""What the pages of reports share: periods, charts, and CSV as it comes from the API."""
+"""The common parts of the report pages: periods, charts, and CSV as it comes from the API."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from lmaas.api.operation import Operation
 from lmaas.console.page import Visit
 
-#: The days of a report, unless others are asked for.
+#: The days of a report by default.
 DAYS = 30
 #: The most days of a chart.
 MAX_DAYS = 1000
@@ -25,7 +25,7 @@ def today() -> date:
 
 
 def period(visit: Visit) -> dict[str, str]:
-    """Return the first and the last day that are asked for: the last DAYS if there are none. The API checks them."""
+    """Return the first and the last requested day: the last DAYS if there are none. The API checks them."""
     until = visit.query.get("until", "").strip()
     since = visit.query.get("since", "").strip()
     if not since and not until:

@@ -12,7 +12,7 @@ KEY = "LMAAS_API_KEY"
 
 
 class Asked(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a form of the playground asks of one model. None: the service's default."""
+    """The values of a playground form for one model. None: the service's default."""
 
     model: str
     message: str

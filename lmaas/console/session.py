@@ -20,7 +20,7 @@ from lmaas.types import Role
 
 COOKIE = "lmaas_session"
 PATH = "/console"
-#: The time for which it is not asked again whose a session is. Each call of the API checks the session itself.
+#: The time for which the owner of a session is cached. Each call of the API checks the session itself.
 FRESH_S = 5.0
 MAX_KNOWN = 10_000
 MAX_KEY_LENGTH = 200
@@ -28,7 +28,7 @@ MAX_KEY_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Whom a session belongs to. `tenant` is None for an operator; `name` is empty for a session of a key."""
+    """The owner of a session. `tenant` is None for an operator; `name` is empty for a session of a key."""
 
     key: str
     role: Role
@@ -38,7 +38,7 @@ class Person:
 
     @property
     def is_operator(self) -> bool:
-        """Whether the person is an operator."""
+        """True if the person is an operator."""
         return self.role is Role.OPERATOR
 
     @property
@@ -56,7 +56,7 @@ class Sessions:
 
     def __init__(self, connections: ApiConnections) -> None:
         self._connections = connections
-        #: By the hash of the key: the time of the question, and its answer.
+        #: By the hash of the key: the time of the request, and its result.
         self._known: OrderedDict[str, tuple[float, Person]] = OrderedDict()
 
     async def person(self, key: str) -> Person | None:
@@ -80,7 +80,7 @@ class Sessions:
         return person
 
     def forget(self, key: str) -> None:
-        """Ask again for this session."""
+        """Forget the cached owner of this session."""
         self._known.pop(hash_key(key), None)
 
     async def _shown(self, key: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ _FORGED = "This form does not come from the console, or it is too old. Go back, 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What all pages share, built by `lmaas.console.app`."""
+    """The common services of all pages, built by `lmaas.console.app`."""
 
     pages: tuple[Page, ...]
     templates: Templates

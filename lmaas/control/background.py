@@ -71,7 +71,7 @@ class Backlog:
 
     @property
     def present(self) -> bool:
-        """Whether there is any background work."""
+        """True if there is any background work."""
         return bool(self.dues) or self.running > 0 or self.queued > 0
 
     @property
@@ -116,7 +116,7 @@ class BackgroundState:
 @dataclass(frozen=True, slots=True)
 class BackgroundNeed:
     """The replicas that background work needs besides the interactive `load` (in replicas), and the reason. `due` is True if a deadline
-    requires them. `waits` says in words what the work waits for if it needs none."""
+    requires them. `waits` describes the condition for which the work waits if it needs none."""
 
     replicas: int
     reason: str
@@ -127,7 +127,7 @@ class BackgroundNeed:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What else is known of the pool: its desired replicas, whether interactive requests wait or run and their usual load in replicas, the
+    """Other facts about the pool: its desired replicas, whether interactive requests wait or run and their usual load in replicas, the
     slots of a replica, the usual time of a start, how many times as long as a start an engine must be busy to be worth it, and the time
     after which one starts in any case."""
 
@@ -225,7 +225,7 @@ def _watched(backlog: Backlog, busy: bool, state: BackgroundState, now: float) -
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What one replica of a pool processes of background work: fading sums of tokens, and of the engine time for them.
+    """The rate at which one replica of a pool processes background work: fading sums of tokens, and of the engine time for them.
 
     Tokens are those of the estimates, so that an estimate that is always too high or too low is corrected. `done` is the last reading: the
     tokens that are done of each batch.

@@ -71,7 +71,7 @@ class PoolClaim:
     idle_s: float = 0.0
     #: True if no request needs the replicas yet.
     ahead: bool = False
-    #: Whether the pool may start a replica now (not for a while after a failed start), and whether its last start failed.
+    #: True if the pool may start a replica now (not for a while after a failed start), and true if its last start failed.
     may_start: bool = True
     failing: bool = False
     background: int = 0

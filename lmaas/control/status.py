@@ -37,8 +37,8 @@ MICROUSD_PER_USD = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the database says: engine time of all days, what was wasted lately, the number of batches in each state that is no end, and the
-    replicas that failed lately."""
+    """Figures from the database: engine time of all days, recently wasted tokens, the number of unfinished batches in each state, and the
+    replicas that failed recently."""
 
     times: Iterable[PoolTime]
     waste: Iterable[PoolWaste]

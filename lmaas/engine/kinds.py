@@ -26,8 +26,8 @@ _SENTENCE_FILES = tuple(
 
 
 def declared_kind(folder: Path, config: dict[str, Any]) -> PoolKind | None:
-    """Return what the model in this folder is for, from its `config.json` and sentence-transformers' `modules.json`; None if they do not
-    say.
+    """Return the purpose of the model in this folder, from its `config.json` and sentence-transformers' `modules.json`; None if they do not
+    declare one.
 
     Raises InvalidRequest `invalid_base_model` for a model that neither generates nor embeds, such as a classifier.
     """
@@ -50,7 +50,7 @@ def declared_kind(folder: Path, config: dict[str, Any]) -> PoolKind | None:
 
 
 def fitting_kind(declared: PoolKind | None, asked: PoolKind | None) -> PoolKind:
-    """Return the kind of a model whose files declare one and whose operator asks for one, where each may be None.
+    """Return the kind of a model from its files and its operator's choice, each of which may be None.
 
     Raises InvalidRequest if they differ.
     """
@@ -65,7 +65,7 @@ def fitting_kind(declared: PoolKind | None, asked: PoolKind | None) -> PoolKind:
 
 
 def context_length(folder: Path, config: dict[str, Any], kind: PoolKind) -> int | None:
-    """Return the longest context that an engine accepts for the model, in tokens, or None if its files do not say."""
+    """Return the longest context that an engine accepts for the model, in tokens, or None if its files declare none."""
     found = _positive(config.get("max_position_embeddings"))
     if kind is not PoolKind.EMBED:
         return found

@@ -86,7 +86,7 @@ class EngineSpec:
     takes_adapters: bool = True
     #: The address that the server listens on. Tenants never connect to an engine, but gateways on other machines may have to.
     host: str = "127.0.0.1"
-    #: Where it sends the spans of requests that are traced; None for nowhere.
+    #: The URL to which it sends the spans of requests that are traced; None for no spans.
     traces_url: str | None = None
 
 
@@ -121,8 +121,8 @@ def command_line(spec: EngineSpec, port: int) -> list[str]:
         command += ["--enable-lora", "--max-loras", str(spec.max_loras), "--max-cpu-loras", str(spec.max_cpu_loras)]
         command += ["--max-lora-rank", str(_allowed_rank(spec.max_lora_rank))]
     if spec.kind is PoolKind.EMBED:
-        # What a model supports (prefix caching, prefill in chunks) and how it pools is read from its files by vLLM. A model without a KV
-        # cache ignores its size.
+        # vLLM reads from a model's files what it supports (prefix caching, prefill in chunks) and how it pools. A model without a KV cache
+        # ignores its size.
         return [*command, *shlex.split(spec.extra_args), *SCHEDULING, "--runner", "pooling"]
     # Options for cached tokens in the usage, for /inference/v1/abort_requests, and for tools.
     command += ["--enable-prompt-tokens-details", "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
@@ -232,7 +232,7 @@ class EngineProcess:
         self.url = url_of(host, port)
         self._log = engine_log
         self._marks_path, self._compiling_path = marks_path, compiling_path
-        #: How the engine was started: forked by the zygote, or plainly.
+        #: The way in which the engine was started: forked by the zygote, or plainly.
         self.by = "zygote" if isinstance(process, ForkedProcess) else "plain"
         #: The start of the process, by time.monotonic().
         self.began = time.monotonic()
@@ -291,7 +291,7 @@ class EngineProcess:
         return not has_cpu_build() or self._log.contains(ACTIVE_MARK)
 
     async def stop(self, grace_s: float = 10.0) -> None:
-        """Ask the server to stop, and kill it after `grace_s` seconds. Its memory is free when this returns."""
+        """Send SIGTERM to the server, and kill it after `grace_s` seconds. Its memory is free when this returns."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)

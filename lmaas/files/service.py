@@ -22,7 +22,7 @@ from lmaas.types import Quota
 
 log = logging.getLogger(__name__)
 
-#: How often a content is stored again that a deletion has removed before its file was added.
+#: The number of attempts to store a content that a deletion has removed before its file was added.
 TRIES = 3
 #: The uploads of a tenant that a process reads at the same time.
 UPLOADS_AT_ONCE = 16
@@ -30,15 +30,15 @@ UPLOADS_AT_ONCE = 16
 DOWNLOADS_AT_ONCE = 32
 #: Of a process: additions and settlements that hold a connection to the database at the same time, and settlements that wait or run.
 ADDITIONS_AT_ONCE, SETTLEMENTS_AT_ONCE, SETTLING_AT_ONCE = 2, 2, 64
-#: How long a request waits for the deletion of bytes.
+#: The time for which a request waits for the deletion of bytes.
 SETTLE_S = 5.0
-#: How long the object store may take to report whether it has a content, while others wait for the lock of the content.
+#: The time in which the object store must report whether it has a content, while others wait for the lock of the content.
 LOOK_S = 10.0
 _ID = re.compile(r"file-[0-9a-f]{24}")
 
 
 class Purpose(StrEnum):
-    """What a file is for, in OpenAI's words."""
+    """The purpose of a file, in OpenAI's words."""
 
     BATCH = "batch"
     FINE_TUNE = "fine-tune"
@@ -75,7 +75,7 @@ class Files:
         self.max_bytes, self._quota_of = max_bytes, quota_of
         self._uploads = Slots(UPLOADS_AT_ONCE, "uploads", "too_many_uploads")
         self._downloads = Slots(DOWNLOADS_AT_ONCE, "downloads", "too_many_downloads")
-        #: Each holds a connection to the database while it talks to the object store.
+        #: Each holds a connection to the database while it waits for the object store.
         self._additions, self._settlements = asyncio.Semaphore(ADDITIONS_AT_ONCE), asyncio.Semaphore(SETTLEMENTS_AT_ONCE)
         self._settling: set[asyncio.Task[bool]] = set()
 
@@ -186,7 +186,7 @@ class Files:
             raise not_found() from None
 
     async def stream(self, file: File) -> AsyncIterator[bytes]:
-        """Provide the content of a file in pieces, each of which is fetched when it is asked for. Raises as `read`."""
+        """Provide the content of a file in pieces, each of which is fetched when it is needed. Raises as `read`."""
         try:
             async for piece in self._objects.stream(file.key, file.size_bytes):
                 yield piece

@@ -1,4 +1,4 @@
-"""What a tenant may do at the same time in one process."""
+"""Limits on the simultaneous work of a tenant in one process."""
 
 from collections import Counter
 from collections.abc import Iterator

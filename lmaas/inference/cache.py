@@ -10,13 +10,13 @@ from typing import Generic, TypeVar
 
 from lmaas.errors import Unavailable
 
-#: How long a read may take if the key has a stale entry, and if it has none.
+#: The maximum time of a read if the key has a stale entry, and if it has none.
 KNOWN_WAIT_S = 1.0
 UNKNOWN_WAIT_S = 10.0
 #: If the database has been silent for KNOWN_WAIT_S, stale entries are served at once. After this time without a read, the next one waits
 #: again.
 SILENT_S = 20.0
-#: How often the change number is read.
+#: The interval between reads of the change number.
 LOOK_EVERY_S = 0.2
 #: An entry is read again after this time in any case, in case a change was missed.
 RECHECK_S = 300.0

@@ -51,7 +51,7 @@ class ServedModel:
         return f"x-lmaas-model: {self.shown}\r\n".encode()
 
     def check_kind(self, wanted: PoolKind, name: str, path: str) -> None:
-        """Raise InvalidRequest if the model's engines do not do what the requests to `path` ask for. `name` is that of the request."""
+        """Raise InvalidRequest if the model's engines do not support the requests to `path`. `name` is that of the request."""
         if self.base.kind is not wanted:
             does = {PoolKind.GENERATE: "generates text", PoolKind.EMBED: "embeds text"}[self.base.kind]
             raise InvalidRequest(

@@ -35,7 +35,7 @@ class CheckerUnavailable(Exception):
 
 
 class CheckerHosts:
-    """Finds the host for a base model, and asks it."""
+    """Finds the host for a base model, and sends it questions."""
 
     def __init__(self, redis: Redis, client: EngineClient, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis, self._client, self._clock = redis, client, clock
@@ -57,7 +57,7 @@ class CheckerHosts:
         return url
 
     async def ask(self, path: str, model_id: str, question: bytes, decode: Callable[[bytes], T]) -> T:
-        """Return the host's answer. For RETRY_S, ask repeatedly, because another host takes over when one ends.
+        """Return the host's answer. For RETRY_S, try repeatedly, because another host takes over when one ends.
 
         Raises CheckerUnavailable.
         """

@@ -13,7 +13,7 @@ from lmaas.inference.request import EngineRequest
 from lmaas.inference.sink import ReceiverGone, Sink
 from lmaas.types import Principal
 
-#: How long a request waits for its check at most. Proxies close connections that are silent for a minute.
+#: The maximum time for which a request waits for its check. Proxies close connections that are silent for a minute.
 WAIT_S = 50.0
 
 

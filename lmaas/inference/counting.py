@@ -25,7 +25,7 @@ from lmaas.types import Principal
 
 #: The maximum number of a tenant's prompts that one gateway has read in a minute.
 MAX_PROMPTS = 600
-#: How long a request waits for its tokens at most. Proxies close connections that are silent for a minute.
+#: The maximum time for which a request waits for its tokens. Proxies close connections that are silent for a minute.
 WAIT_S = 50.0
 
 
@@ -34,7 +34,7 @@ class PromptRequest:
     """A checked request for the tokens of a prompt. `path` and `parameters` are those of the engine's request that has this prompt.
 
     `request` is that request, if the prompt is one of a request to generate; then `parameters` are its own, which `expand` may change.
-    `ids` and `strings` say whether the tokens themselves are wanted beside their number.
+    `ids` and `strings` are whether the tokens themselves are wanted beside their number.
     """
 
     model: str

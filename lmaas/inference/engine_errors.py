@@ -7,19 +7,19 @@ from lmaas.errors import InvalidRequest, RequestFailed
 from lmaas.inference.request import EngineRequest, context_exceeded
 from lmaas.scheduling.states import RetryReason
 
-#: How vLLM reports that the whole engine has failed, and a sequence that it gave up. Another 500 is about one request.
+#: vLLM's messages when the whole engine has failed, and when it gave up a sequence. Another 500 is about one request.
 _ENGINE_FAILED = ("EngineCore encountered an issue", "Internal server error", "Request failed; please retry", "Client disconnected")
-#: What vLLM appends to the message of an error with a parameter.
+#: The text that vLLM appends to the message of an error with a parameter.
 _SUFFIX = re.compile(r"\s*\(parameter=.*\)\s*$", re.DOTALL)
 _VALIDATOR = re.compile(r"\d+ validation errors?\b")
 _PROMPT_TOO_LONG = re.compile(r"This model's maximum context length is|Input length \(\d+\) exceeds|max_tokens must be at least 1, got 0")
-#: How messages about a grammar begin or what they name, whichever library of vLLM's writes them.
+#: The beginnings or contents of messages about a grammar, for all of vLLM's grammar libraries.
 _GRAMMAR = re.compile(
     r"grammar|regex|regular expression|json schema|structured.output|structural.tag|xgrammar|guidance|lark", re.IGNORECASE
 )
-#: How vLLM's sampling parameters begin their messages, for which it names no parameter.
+#: The beginning of the messages of vLLM's sampling parameters, for which it names no parameter.
 _RULE = re.compile(r"`?(\w+)`? (?:must|cannot)\b")
-#: What vLLM says of `dimensions`, for which it names no parameter, and of an input that its tokenizer makes nothing of.
+#: vLLM's messages about `dimensions`, for which it names no parameter, and about an input in which its tokenizer finds no tokens.
 _FIXED_LENGTH = "does not support Matryoshka embeddings"
 _DIMENSIONS = re.compile(r"Model \S+ only supports (?:Matryoshka )?dimensions")
 _NO_TOKENS = "The decoder prompt cannot be empty"
@@ -50,7 +50,7 @@ def meaning(status: int, text: bytes, engine_name: str, request: EngineRequest, 
         # The engine does not have the adapter, although it was reported as loaded.
         return EngineLost(RetryReason.ADAPTER, message)
     if 400 <= code < 500 or code == 501:
-        # 501 is vLLM's answer to a request for something that the model's engine does not have.
+        # vLLM returns 501 for a request that the model's engine does not support.
         return _refusal(message, param if isinstance(param, str) else None, engine_name, request, max_model_len)
     if code == 500 and formed and message and not message.startswith(_ENGINE_FAILED):
         # vLLM's API server failed on this request before it reached the engine core. It would fail in the same way on every engine.

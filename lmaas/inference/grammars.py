@@ -153,7 +153,7 @@ class Grammars:
         return verdict
 
     async def _verdict(self, lookup: Lookup) -> Verdict:
-        """Ask a checker. Raises Unavailable."""
+        """Get a checker's verdict. Raises Unavailable."""
         try:
             return await self.hosts.ask("/check", lookup.model_id, lookup.text, decode_verdict)
         except CheckerUnavailable as error:

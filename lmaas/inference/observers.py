@@ -1,4 +1,4 @@
-"""What a process notes about requests beside its metrics: the request log, and traces."""
+"""Records of a process about requests beside its metrics: the request log, and traces."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ class Observers:
 
     @property
     def ended(self) -> Ended | None:
-        """What to call at the end of a client's request; None if nothing is on."""
+        """Return the function to call at the end of a client's request; None if no record is on."""
         log, traces = self.requests, self.traces
         if log is None or traces is None:
             return log.ended if log is not None else traces.ended if traces is not None else None
@@ -60,7 +60,7 @@ UNOBSERVED = Observers()
 
 @contextmanager
 def observing(settings: Settings, process: str) -> Iterator[Observers]:
-    """Open what the settings ask for, and write at the end what is left. `process` is the name of this kind of process.
+    """Open the records that the settings turn on, and write the rest of them at the end. `process` is the name of this kind of process.
 
     Raises SettingsError if traces are on and OpenTelemetry is not installed.
     """

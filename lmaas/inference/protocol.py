@@ -1,4 +1,4 @@
-"""What the path of a request needs from a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
+"""The interface between the path of a request and a client protocol. Each module of `lmaas.protocols` implements it for one protocol."""
 
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from lmaas.metering.usage import UsageRecord
 from lmaas.states import PoolKind
 from lmaas.tracing.trace import Trace
 
-#: Where an endpoint leaves the inference in the scope of its request.
+#: The key under which an endpoint leaves the inference in the scope of its request.
 INFERENCE = "lmaas.inference"
 #: A protocol's own kind of request.
 Request = TypeVar("Request", bound=EngineRequest)
@@ -31,9 +31,9 @@ class Answer(ABC):
     has returned. `feed`, `close` and `take` raise ValueError for bytes that are no answer of an engine.
     """
 
-    #: Whether the usage of the whole request has come. Without it the end is no success, because a dying engine ends its stream too.
+    #: True if the usage of the whole request has arrived. Without it the end is not a success, because a dying engine ends its stream too.
     complete = False
-    #: Whether the end of the engine's stream has come.
+    #: True if the end of the engine's stream has arrived.
     done = False
     #: The JSON of the engine's error event, if one has come.
     error: bytes | None = None
@@ -47,7 +47,7 @@ class Answer(ABC):
 
     @property
     def usage_if_left(self) -> dict[str, Any]:
-        """What the engine has counted of a request whose receiver went away.
+        """Return the engine's count for a request whose receiver went away.
 
         The engine reports the prompt's tokens of a request that was cut before its first token, but has not finished or counted them.
         """
@@ -147,7 +147,8 @@ class Protocol(ABC, Generic[Request]):
         """
 
     async def keep(self, inference: Inference[Request]) -> None:
-        """Store what outlives the request, before the client receives the end of its answer. Called only for complete answers."""
+        """Store everything that outlives the request, before the client receives the end of its answer. Called only for complete
+        answers."""
 
     def error_body(self, error: LmaasError, request_id: str) -> dict[str, Any]:
         """Return the body of an error response in the protocol's own shape."""

@@ -1,4 +1,4 @@
-"""What each tenant has had checked or counted in the last minute, outside of engines. Each gateway limits it."""
+"""The checks and counts that each tenant has caused in the last minute, outside of engines. Each gateway limits them."""
 
 import asyncio
 import math
@@ -25,7 +25,7 @@ class RecentWork:
     code: ClassVar[str]
     too_many: ClassVar[str]
     too_long: ClassVar[str]
-    #: A sentence of the messages that says what does not count.
+    #: A sentence of the messages that names the requests which do not count.
     exempt: ClassVar[str] = ""
 
     began: deque[float] = field(default_factory=deque)

@@ -36,7 +36,7 @@ class EngineRequest(ABC):
     names: Mapping[str, str]
     #: The tools as the client sent them, if they were made strict here for a call that is required. Empty otherwise.
     tools_as_sent: list[Any] = field(default_factory=list)
-    #: Whether it runs without its client, which asks for the answer later.
+    #: True if it runs without its client, which reads the answer later.
     background: bool = False
 
     @property

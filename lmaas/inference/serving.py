@@ -282,7 +282,7 @@ async def _finish(inference: AnyInference, sink: Sink, rest: bytes) -> None:
 
 
 def _service_tier(inference: AnyInference) -> ServiceTier:
-    """Return the service tier of a request. Work with a price of its own has the usual one, whatever it asked for."""
+    """Return the service tier of a request. Work with a price of its own has the usual one, whatever its request contains."""
     if inference.work.price_percent is not None:
         return ServiceTier(1.0, 0, inference.work.price_percent)
     return SERVICE_TIERS[inference.request.service_tier]

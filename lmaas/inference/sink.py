@@ -1,4 +1,4 @@
-"""Where the answer to an inference goes. A socket of a client is one kind of sink; memory is another."""
+"""The destination of the answer to an inference. A socket of a client is one kind of sink; memory is another."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ class Sink(Protocol):
 
     @property
     def started(self) -> bool:
-        """Whether the head has been sent."""
+        """True if the head has been sent."""
 
     def watch(self) -> None:
         """Begin to notice that the receiver goes."""
@@ -87,7 +87,7 @@ class Collected(Receiver):
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = b""
-        #: Whether the answer has ended, and whether it ended without an error.
+        #: True if the answer has ended, and true if it ended without an error.
         self.finished = self.complete = False
 
     def watch(self) -> None:

@@ -1,4 +1,4 @@
-"""How an inference is scheduled, limited and charged, apart from what it asks of the model."""
+"""The scheduling, limits and charges of an inference, apart from its request to the model."""
 
 from dataclasses import dataclass
 

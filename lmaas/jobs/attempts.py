@@ -102,7 +102,7 @@ class Attempts:
             return await self._refused(line, principal, error, request_id)
         self._note_end(line, principal)
         if not sink.finished:
-            self.give_back(line)  # it was told to leave
+            self.give_back(line)  # the batch worker is leaving
             return False
         if inference.record.run_ms is not None:
             self.held.note_begun(line)
@@ -153,7 +153,7 @@ class Attempts:
         request_id: str | None = None,
         inference: AnyInference | None = None,
     ) -> None:
-        """Have the end of a line stored, with the usage event and the response of its last attempt if an engine was asked."""
+        """Have the end of a line stored, with the usage event and the response of its last attempt if an engine was called."""
         lease, line.ended = line.lease, True
         event = None if inference is None else inference.record.own_event()
         turn = None

@@ -32,7 +32,7 @@ from lmaas.store.runners import LeaseLost
 
 log = logging.getLogger(__name__)
 
-#: How often a runner looks for new responses, and for those of its own that were cancelled.
+#: The interval at which a runner looks for new responses, and for those of its own that were cancelled.
 LOOK_S = 0.5
 #: The responses that one runner runs at a time, and about the bytes of them, which it holds in memory.
 MAX_RESPONSES = 256
@@ -78,11 +78,11 @@ def attempt_id(response_id: str, attempt: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """What a failed run leads to: another one after a pause, or, if `pause_s` is None, the end."""
+    """The consequence of a failed run: another one after a pause, or, if `pause_s` is None, the end."""
 
     error: LmaasError
     pause_s: float | None = None
-    #: Whether the response itself may be the reason, so that it is not tried without end.
+    #: True if the response itself may be the reason, so that it is not tried without end.
     counts: bool = False
 
 
@@ -152,7 +152,7 @@ class BackgroundRuns:
                 await asyncio.gather(*self._running.values(), writing, return_exceptions=True)
         except* LeaseLost as lost:
             raise lost.exceptions[0] from None
-        # What has not ended is free again at once. If Postgres is away, it is free when the runner is declared lost.
+        # Unfinished responses are free again at once. If Postgres is away, they are free when the runner is declared lost.
         with suppress(Unavailable):
             for lease in await background.leased(self._db, runner_id):
                 await background.give_back(self._db, lease)
@@ -204,7 +204,7 @@ class BackgroundRuns:
         finally:
             writer.remove(sink)
             del self._sinks[lease]
-        # What the writer has begun to log is logged, or known to be left.
+        # Events that the writer has begun to log are logged, or known to be left.
         async with writer.turn:
             pass
         if error is not None:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 #: The batches that a runner works on at a time.
 AT_ONCE = 2
-#: How often new work is looked for.
+#: The interval at which the runner looks for new work.
 LOOK_S = 1.0
 #: The pause after a failure. It doubles with each in a row, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
@@ -27,7 +27,7 @@ MAX_LATER = 1_000
 
 
 class BatchSteps(Protocol):
-    """What is done with a whole batch. Each step may be repeated. It raises LeaseLost if another runner may have the batch."""
+    """The steps of a whole batch. Each step may be repeated. It raises LeaseLost if another runner may have the batch."""
 
     async def validate(self, lease: BatchLease) -> None:
         """Read the input file, and store its lines or what is wrong with it."""
@@ -49,7 +49,7 @@ class BatchWorker:
         #: The batches that are worked on, and whether others may be leased, because Postgres did not reply.
         self._leased: set[BatchLease] = set()
         self._in_doubt = False
-        #: How often the step of a batch failed for an unexpected reason.
+        #: The number of times that the step of a batch failed for an unexpected reason.
         self._failures: dict[tuple[str, str], int] = {}
 
     async def run(self, runner_id: str, stopping: asyncio.Event) -> None:

@@ -1,4 +1,4 @@
-"""Whether a tenant has really used what its limits per month allow, or other requests have only reserved it."""
+"""Checks whether a tenant has really used what its limits per month allow, or other requests have only reserved it."""
 
 import time
 from collections.abc import Callable

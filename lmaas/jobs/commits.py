@@ -25,7 +25,7 @@ BYTES_AT_ONCE = 8 * 1024 * 1024
 AGAIN_S = 0.5
 #: While the answers that wait have more bytes than this, because Postgres is slow or away, no more lines are begun.
 MAX_WAITING_BYTES = 64 * 1024 * 1024
-#: How often a line that waits for this looks whether it is to be given back.
+#: The interval at which a line that waits for this checks whether it is to be given back.
 LOOK_S = 0.5
 
 #: The error of a line whose answer cannot be stored.
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 class Commits:
-    """Stores how the lines of one runner ended, and gives back those that are to be run again.
+    """Stores the ends of one runner's lines, and gives back those that are to be run again.
 
     While Postgres is away, they wait, and no more lines are begun once their answers have too many bytes. `stored` is called with the lines
     whose end was stored or given up.

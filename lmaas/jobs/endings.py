@@ -1,13 +1,13 @@
-"""What follows from the end of an attempt of a line. Pure."""
+"""The consequences of the end of an attempt of a line. Pure."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 from lmaas.errors import AdapterUnavailable, EngineFailed, LmaasError, OverQuota
 
-#: How often a line is tried whose engine failed, or whose adapter could not be loaded. Each try may have asked two engines.
+#: The number of attempts of a line whose engine failed, or whose adapter could not be loaded. Each attempt may have called two engines.
 MAX_FAILURES = 3
-#: How often a line is refused for a spent budget before the ledger is asked: what other requests have reserved may not be used.
+#: The number of refusals of a line for a spent budget before the ledger is read: other requests may not use all that they have reserved.
 MAX_REFUSALS = 3
 #: The pause before the next try. It doubles with each, up to the maximum.
 PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
@@ -16,7 +16,7 @@ _FAILURES = frozenset({EngineFailed.code, AdapterUnavailable.code})
 
 
 class Next(StrEnum):
-    """What is done with a line after an attempt."""
+    """The next step of a line after an attempt."""
 
     #: Its answer is stored.
     DONE = "done"
@@ -30,12 +30,12 @@ class Next(StrEnum):
 
 @dataclass(slots=True)
 class Tries:
-    """What a line has been through under one lease."""
+    """The history of a line under one lease."""
 
     tries: int = 0
     failures: int = 0
     refusals: int = 0
-    #: How often the ledger had less than the refusals said.
+    #: The number of times that the ledger had less than the refusals reported.
     only_reserved: int = 0
 
     @property
@@ -60,7 +60,7 @@ class Tries:
         self.tries = 1 + self.only_reserved
 
     def ended(self, status: int, code: str | None, *, retryable: bool, counted: bool = False) -> Next:
-        """Return what follows from an answer with this status, whose error has the code and is retryable or not."""
+        """Return the consequence of an answer with this status, whose error has the code and is retryable or not."""
         self.tries += 0 if counted else 1
         if status < 400:
             return Next.DONE

@@ -24,7 +24,7 @@ _END = b"\n\n"
 class EventSink(Receiver):
     """The sink of one run. Its events are numbered from the run's first on, and logged if the response was created with a stream.
 
-    Nothing but whole events is written to it, because it is never asked to start.
+    Only whole events are written to it, because `start` is never called.
     """
 
     #: The errors of a run are events of its answer.
@@ -34,7 +34,7 @@ class EventSink(Receiver):
         super().__init__()
         self.lease = lease
         self._is_logged = run.is_streamed
-        #: Whether an engine has begun to write, and whether that has been recorded.
+        #: True if an engine has begun to write, and true if that has been recorded.
         self._has_begun = self._is_recorded = False
         #: The piece that is being logged, which stays as it is until that has succeeded, and the events that follow it.
         self._piece: Piece | None = None

@@ -16,7 +16,7 @@ from lmaas.store.line_leases import LARGE_BYTES, SUSPECT_LOSSES, LeasedLine, Off
 
 #: The bytes of large lines that are in memory at most, and how much more is allowed for the first line of each tenant and pool.
 MAX_BYTES = MAX_FIRST_BYTES = 32 * 1024 * 1024
-#: How often a line that waits for room looks whether it is to be given back.
+#: The interval at which a line that waits for room checks whether it is to be given back.
 LEAVE_LOOK_S = 0.5
 
 
@@ -29,16 +29,16 @@ class HeldLine:
     offer: Offer
     #: The whole line of the input file, once it is read and until the line has ended.
     text: bytes = b""
-    #: Whether it is not read yet because other large lines are in memory, and the bytes that are counted for it since it has room.
+    #: True while it is not read because other large lines are in memory; and the bytes that are counted for it since it has room.
     without_room: bool = False
     counted_bytes: int = 0
     tries: Tries = field(default_factory=Tries)
     #: Those of the newest attempt.
     inference: AnyInference | None = None
     sink: Collected | None = None
-    #: Whether an engine has worked on it under this lease.
+    #: True if an engine has worked on it under this lease.
     begun: bool = False
-    #: Whether only the storage of its end is left.
+    #: True if only the storage of its end is left.
     ended: bool = False
     #: Set when it is to be given back as soon as possible.
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,7 +55,7 @@ class HeldLine:
 
     @property
     def runs(self) -> bool:
-        """Whether an engine works on it."""
+        """True if an engine works on it."""
         record = getattr(self.inference, "record", None)
         return not self.ended and record is not None and record.run_ms is not None
 

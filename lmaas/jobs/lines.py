@@ -28,11 +28,11 @@ from lmaas.store.line_leases import LARGE_BYTES, Offer, backlog, claim_lines, gi
 
 log = logging.getLogger(__name__)
 
-#: How often the backlog is read, and the room of the engines, the latter more often while lines end.
+#: The intervals between reads of the backlog, and of the room of the engines, which is read more often while lines end.
 BACKLOG_S, LOOK_S, MIN_LOOK_S = 1.0, 0.5, 0.1
-#: How often the room of a pool without a ready engine is read.
+#: The interval between reads of the room of a pool without a ready engine.
 COLD_LOOK_S = 2.0
-#: How often is looked whether batches were cancelled or have expired.
+#: The interval between checks for batches that were cancelled or have expired.
 STOP_LOOK_S = 0.75
 #: The lines that a runner leases at most, of all pools and of one.
 MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
@@ -40,7 +40,7 @@ MAX_LINES, MAX_POOL_LINES = 2_048, 1_024
 MAX_SUSPECTS = 4
 #: The lines that are read from a file at a time.
 READ_AT_ONCE = 256
-#: How often lines of other batches are leased instead of those that are left out.
+#: The maximum number of times that lines of other batches are leased instead of those that are left out.
 MAX_ROUNDS = 3
 #: The time that engines have to end attempts that are broken off, with the exact usage. Delivery waits as long.
 LEAVE_S = 4.0
@@ -121,7 +121,7 @@ class Feeder:
         self._served: dict[str, int] = {}
         self._offers: list[Offer] = []
         self._read_at = float("-inf")
-        #: Whether lines may be leased that are not held, because Postgres did not reply.
+        #: True if lines may be leased that are not held, because Postgres did not reply.
         self._in_doubt = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -153,7 +153,7 @@ class Feeder:
         for pool_id in self.windows.keys() - pools.keys() - counts.keys():
             del self.windows[pool_id]
         none = PoolCount()
-        # Those with the fewest lines first, because the bound of all lines may not be enough for all pools.
+        # Pools with the fewest lines come first, because the bound of all lines may not be enough for all pools.
         for pool_id in sorted(pools.keys() | counts.keys(), key=lambda pool_id: counts.get(pool_id, none).held):
             window, count = self.windows.setdefault(pool_id, Window()), counts.get(pool_id, none)
             window.observe(count.begun, count.put_back, now)

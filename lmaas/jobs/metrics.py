@@ -1,4 +1,4 @@
-"""What a job runner counts for Prometheus. Nothing here names a tenant."""
+"""The metrics of a job runner for Prometheus. None of them names a tenant."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -14,7 +14,7 @@ from lmaas.store.runners import RUNNER_LOST_S, LeaseLost, end, free_lost, regist
 
 log = logging.getLogger(__name__)
 
-#: How often a runner renews its row, and looks for runners that are lost. Several of these fit into RUNNER_LOST_S.
+#: The interval at which a runner renews its row, and looks for runners that are lost. Several of these fit into RUNNER_LOST_S.
 BEAT_S = 2.0
 #: The pause before a runner tries again to register itself.
 AGAIN_S = 1.0
@@ -83,7 +83,7 @@ class Runner:
                 log.warning("runner lost its leases; it begins anew", extra={"action": "lease", "detail": runner_id})
             finally:
                 self.id = None
-            # What it still leases is free at once, and not only when it counts as lost.
+            # Its remaining leases are free at once, and not only when it counts as lost.
             with suppress(Unavailable):
                 await end(self._db, runner_id)
 

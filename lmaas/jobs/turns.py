@@ -1,4 +1,4 @@
-"""Whose lines are leased next, of those that wait for one pool. Pure."""
+"""The order in which waiting lines of one pool are leased. Pure."""
 
 from collections.abc import Mapping, Sequence
 

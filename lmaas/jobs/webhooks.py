@@ -19,17 +19,17 @@ from lmaas.webhooks.sending import Sender, Sent
 
 log = logging.getLogger(__name__)
 
-#: How often a runner looks for deliveries that are due.
+#: The interval at which a runner looks for deliveries that are due.
 LOOK_S = 1.0
 #: The deliveries that one runner sends at a time.
 MAX_AT_ONCE = 128
-#: How long a runner that stops waits for attempts: longer than one takes.
+#: The time for which a runner that stops waits for attempts: longer than one takes.
 GRACE_S = 20.0
 #: The pause before something is stored again that Postgres did not take.
 AGAIN_S = 1.0
-#: The attempts after which the deliveries of a webhook that have ended are trimmed: about, since the last attempt says which webhook.
+#: The approximate number of attempts after which a webhook's ended deliveries are trimmed. The last attempt determines the webhook.
 TRIM_EVERY = 100
-#: The status with which a target says that it wants no more events.
+#: The status with which a target ends its subscription.
 GONE = 410
 
 T = TypeVar("T")

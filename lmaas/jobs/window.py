@@ -1,4 +1,5 @@
-"""How many lines of a pool a runner leases: what its engines have room for, and a few ahead, so that no engine waits for a runner. Pure."""
+"""The number of lines of a pool that a runner leases: as many as its engines have room for, and a few ahead, so that no engine waits for a
+runner. Pure."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ NEWEST = 0.5
 
 
 class Room(NamedTuple):
-    """What the scheduler reports about a pool: replicas that take work, their slots, background slots that could be granted now, and
+    """The scheduler's report about a pool: replicas that take work, their slots, background slots that could be granted now, and
     background tickets that wait."""
 
     ready: int
@@ -30,7 +31,7 @@ class Window:
     per_s: float = 0.0
     #: Until then, the pool need not be looked at unless it has lines.
     idle_until: float = 0.0
-    #: Whether lines were put back since lines last began without that.
+    #: True if lines were put back since lines last began without that.
     _is_closed: bool = False
     _observed_at: float | None = None
     _cold_since: float | None = None

@@ -1,1 +1,1 @@
-"""Tenants and base models as code: reading manifests, planning the changes that they ask for, and applying them through the API."""
+"""Tenants and base models as code: reading manifests, planning the changes that they need, and applying them through the API."""

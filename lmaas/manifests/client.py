@@ -220,7 +220,7 @@ class ApiClient:
     def upload_file(
         self, path: Path, purpose: str, *, expires_after_s: int | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Upload a file of the client's tenant, and return what the service says of it. Raises as `send`."""
+        """Upload a file of the client's tenant, and return the service's description of it. Raises as `send`."""
         fields = {"purpose": purpose}
         if expires_after_s is not None:
             fields |= {ANCHOR: "created_at", SECONDS: str(expires_after_s)}

@@ -14,7 +14,7 @@ from lmaas.errors import InvalidRequest
 
 #: A whole number of this size or more is beyond every limit of the API.
 TOO_LARGE = 2**63
-#: What a field's type is called in messages.
+#: The names of field types in messages.
 WORDS = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
 
 

@@ -1,4 +1,4 @@
-"""What the plan is computed from: what the service has, and its answers to dry runs of the manifests."""
+"""The input of the plan: the state of the service, and its answers to dry runs of the manifests."""
 
 import json
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ _VALIDATED = ("source", "dtype", "max_lora_rank")
 
 
 def observe(manifests: Manifests, client: ApiClient) -> Observed:
-    """Ask the service, with an operator's key, for everything that the plan needs. Nothing is changed.
+    """Read from the service, with an operator's key, everything that the plan needs. Nothing is changed.
 
-    Raises ApiError, or SettingsError if the service cannot be reached. What it refuses of a manifest is in `refusals`.
+    Raises ApiError, or SettingsError if the service cannot be reached. Its refusals of manifests are in `refusals`.
     """
     return _Observation(manifests, client).run()
 
@@ -53,7 +53,7 @@ class _Observation:
         return Observed(known_models, known_tenants, adapters, proposed_models, proposed_tenants, contents, tuple(self.refusals))
 
     def _proposed(self, manifests: tuple[ModelManifest, ...] | tuple[TenantManifest, ...], known: dict[str, Shown]) -> dict[str, Shown]:
-        """What each manifest would make of its base model or tenant; without those that are refused."""
+        """Return the base model or tenant that each manifest would result in; without those that are refused."""
         proposed: dict[str, Shown] = {}
         for manifest in manifests:
             request = request_for(manifest, exists=manifest.name in known)
@@ -85,7 +85,7 @@ class _Observation:
             if before is None or any(before[name] != after[name] for name in _VALIDATED):
                 definition = json.dumps({"name": manifest.name} | manifest.body)
         if definition is None and entry.base_model not in known:
-            return None  # The plan says so.
+            return None  # The plan mentions it.
         base = {"base_model": entry.base_model} if definition is None else {"definition": definition}
         with self._refusing(f"{tenant.path}: '{entry.where}': {entry.folder}: ", {}):
             return str(self.client.check_adapter(entry.folder, base)["content_hash"])

@@ -14,7 +14,7 @@ from lmaas.manifests.folder import Manifests
 from lmaas.manifests.models import ModelManifest
 from lmaas.manifests.tenants import AdapterManifest, TenantManifest
 
-#: What the API shows of a base model or a tenant.
+#: A base model or a tenant as the API shows it.
 Shown = dict[str, Any]
 
 
@@ -22,7 +22,7 @@ Shown = dict[str, Any]
 class KnownAdapter:
     """An adapter of the service. `contents` maps each version to its content hash; it is read only where a manifest has the adapter.
 
-    `is_tenants` says that a key of the tenant itself made the live version live.
+    `is_tenants` is true if a key of the tenant itself made the live version live.
     """
 
     base_model: str
@@ -33,7 +33,7 @@ class KnownAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the service has now, what it would make of the manifests, and why it would refuse some.
+    """The present state of the service, the results of the manifests, and the reasons for which it would refuse some.
 
     Base models and tenants are by name, adapters by tenant and name, hashes of folders by tenant and adapter. `refusals` are messages.
     """
@@ -48,7 +48,7 @@ class Observed:
 
 
 class Outcome(StrEnum):
-    """What happens to one thing."""
+    """The outcome for one thing."""
 
     CREATED = "created"
     CHANGED = "changed"
@@ -88,7 +88,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What happens to one base model, tenant or adapter, and the requests that do it. `notes` are sentences for people."""
+    """The change of one base model, tenant or adapter, and the requests that make it. `notes` are sentences for people."""
 
     thing: str
     name: str
@@ -189,7 +189,7 @@ def _next(contents: Mapping[int, str]) -> int:
 
 
 def _problems(manifests: Manifests, observed: Observed) -> Iterator[str]:
-    """What the service would refuse although each manifest by itself is right."""
+    """Return the refusals of the service that concern manifests which are right by themselves."""
     new_models = {model.name: model.path for model in manifests.models}
     ids = {row["id"]: name for known in (observed.models, observed.tenants) for name, row in known.items()}
     given = [(manifest.path, manifest.name) for manifest in manifests.models]

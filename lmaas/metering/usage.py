@@ -46,7 +46,7 @@ class UsageRecord:
     cached_price: int = 0
     completion_price: int = 0
     work: WorkClass = WorkClass.INTERACTIVE
-    #: Whether the caller stores the result of this attempt and its event together. Until then the attempt counts as wasted.
+    #: True if the caller stores the result of this attempt and its event together. Until then the attempt counts as wasted.
     durable: bool = False
     #: The code of a wasted attempt whose caller leaves it.
     left: str = CANCELLED

@@ -1,4 +1,4 @@
-"""Rewrites responses into forms that few clients ask for. These are parsed; all others are changed as bytes, in sse.py."""
+"""Rewrites responses into forms that few clients use. These are parsed; all others are changed as bytes, in sse.py."""
 
 import json
 from typing import Any
@@ -10,12 +10,12 @@ _DATA = b"data: "
 
 
 def in_clients_form(answer: bytes, request: TextRequest) -> bytes:
-    """Return a plain response in the form that the request asks for."""
+    """Return a plain response in the form that the request names."""
     return _encoded(_changed(json.loads(answer), request))
 
 
 def events_in_clients_form(events: bytes, request: TextRequest) -> bytes:
-    """Return whole events of a stream in the form that the request asks for."""
+    """Return whole events of a stream in the form that the request names."""
     out = []
     for event in events.split(b"\n\n"):
         is_answer = event.startswith(_DATA) and event != sse.DONE

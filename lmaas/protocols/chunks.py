@@ -41,7 +41,7 @@ class ToolCall(msgspec.Struct):
 
 
 class Said(msgspec.Struct):
-    """What the model has said: a piece of it in a stream, all of it in an answer in one piece."""
+    """Text, reasoning and calls of the model: a piece in a stream, all of it in an answer in one piece."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -54,7 +54,7 @@ class Choice(msgspec.Struct):
     delta: Said
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    #: JSON that few requests ask for.
+    #: JSON that few requests use.
     logprobs: msgspec.Raw = _NULL
 
 
@@ -154,7 +154,7 @@ class ChatStream:
     def feed(self, chunk: bytes) -> list[Choice]:
         """Return the events that these bytes complete. Raises ValueError for bytes that are no event of an engine.
 
-        What comes after `[DONE]`, after an error or after the engine has aborted the answer is no part of it.
+        Bytes after `[DONE]`, after an error or after the engine has aborted the answer are not part of it.
         """
         received = self._rest + chunk
         if len(self._rest) > MAX_EVENT_BYTES:

@@ -174,7 +174,7 @@ _STREAM = (
     "is an event with an Error, and the stream ends without `[DONE]`. Lines that begin with a colon are comments: they report the place "
     "in the queue."
 )
-#: What the error responses of OpenAI's endpoints mean, by status.
+#: The meanings of the error responses of OpenAI's endpoints, by status.
 ERRORS = {
     "400": "The request is malformed, or asks for something not offered (`invalid_type`, `out_of_range`, `unsupported_parameter`, …).",
     "401": "The API key is missing or not valid (`invalid_api_key`).",

@@ -17,7 +17,7 @@ _USAGE = b',"usage":{'
 _NO_CHOICES = b'"choices":[]'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
-#: How vLLM writes its fields about the service: in a plain answer before the usage, and at the end of a stream's last event.
+#: The form in which vLLM writes its fields about the service: in a plain answer before the usage, and at the end of a stream's last event.
 _FACTS = re.compile(rb',"service_tier":(?:null|"[a-z]*"),"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")\Z')
 _TIER, _MARK = b',"service_tier":', b',"system_fingerprint":'
 _FINGERPRINT = re.compile(rb',"system_fingerprint":(?:null|"(?:[^"\\]|\\.)*")')
@@ -31,11 +31,11 @@ def data(value: Any) -> bytes:
 
 
 class Rewriter:
-    """Turns an engine's stream into a client's: puts the name that the client asked for, and facts about the service, into every event,
-    takes out what the client did not ask for, and keeps the usage.
+    """Turns an engine's stream into a client's: puts the client's model name and facts about the service into every event, removes fields
+    that the client did not request, and keeps the usage.
 
-    It works on the bytes of all events that arrived together, and parses nothing for each token. That is safe because every quote inside
-    a JSON string is escaped, so `,"usage":`, `"model":` and the like can only be keys of the event itself.
+    It works on the bytes of all events that arrived together, and parses nothing for each token. That is safe because every quote inside a
+    JSON string is escaped, so `,"usage":`, `"model":` and the like can only be keys of the event itself.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Rewriter:
         self._rest = b""
         self._unread = b""
         self._usage: dict[str, Any] | None = None
-        #: Whether the usage of the whole request has come. Without it `[DONE]` is no success, because a dying engine sends that too.
+        #: True if the usage of the whole request has arrived. Without it `[DONE]` is not a success, because a dying engine sends that too.
         self.complete = False
-        #: Whether `[DONE]` has come.
+        #: True if `[DONE]` has arrived.
         self.done = False
         #: The JSON of the engine's error event, if one has come.
         self.error: bytes | None = None

@@ -67,7 +67,7 @@ class WholeText(Answer):
 
 
 class TextProtocol(Protocol[TextRequest]):
-    """What chat completions and completions share."""
+    """The common parts of chat completions and completions."""
 
     def answer(self, inference: Inference[TextRequest]) -> Answer:
         """Return a new answer for an attempt."""

@@ -134,7 +134,7 @@ def _sample(schema: Schema, schemas: Mapping[str, Schema], values: Mapping[str, 
     properties = schema.get("properties", {})
     names = list(schema.get("required", ()))
     if not names or names == ["model"]:
-        # A request that names only its model asks for nothing, and a change without a field is refused.
+        # A request that contains only its model has no effect, and a change without a field is refused.
         known = [name for name in ("input", "prompt", "name", *properties) if name in properties and name in values and name not in names]
         names += known[:1] or list(properties)[:1]
     return {name: _value(name, properties[name], schemas, values) for name in names}

@@ -14,7 +14,7 @@ _TYPES = {"array": "list"}
 
 
 class Treatment(StrEnum):
-    """What the service does with a field. The descriptions of parameters begin with the words of the last two."""
+    """The treatment of a field by the service. The descriptions of parameters begin with the words of the last two."""
 
     USED = "Used"
     WITHOUT_EFFECT = "No effect"

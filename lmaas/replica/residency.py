@@ -64,7 +64,8 @@ class Residency:
         return bool(self._awaited)
 
     async def warm(self, url: str) -> None:
-        """Load the prepared adapters as soon as the engine accepts them. A failure here is reported when a request asks for the adapter."""
+        """Load the prepared adapters as soon as the engine accepts them. A failure here is reported to the first request that needs the
+        adapter."""
         self.want(url, self._awaited, {})
         if self._loading:
             await asyncio.wait(self._loading.values())

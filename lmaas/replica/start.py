@@ -14,7 +14,7 @@ class Times:
 
     - `asked`: the supervisor's process started.
     - `began`: the engine's process started.
-    - `healthy`: the engine's server answered.
+    - `healthy`: the engine's server responded.
     - `generated`: the engine generated a token.
     - `resident`: the adapters that requests waited for were loaded.
     - `ready`: the replica accepted requests.

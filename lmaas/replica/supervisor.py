@@ -105,7 +105,7 @@ class Supervisor:
             self._ending.set_result(Ending(state, reason))
 
     async def run(self) -> Ending:
-        """Run the replica until it is told to stop or its engine ends. The engine has exited and its memory is free when this returns."""
+        """Run the replica until it is stopped or its engine ends. The engine has exited and its memory is free when this returns."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end, Observed.STOPPED, "the supervisor was told to stop")

@@ -40,7 +40,7 @@ PARTS = (
     "outlook",
     "scheduler",
 )
-#: The channel on which the scheduler asks for replicas.
+#: The channel on which the scheduler requests replicas.
 CONTROL_CHANNEL = "lmaas:control"
 #: The duration of a start if none of the pool is known and the controller reports no other estimate (START_MS in layout.lua).
 FIRST_START_MS = 20_000
@@ -48,7 +48,7 @@ _ENCODE = msgspec.json.Encoder().encode
 _PACK = msgspec.msgpack.Encoder().encode
 #: The numbers in the second line of a stored replica.
 _NUMBERS = ("load", "back", "latest", "runs", "has", "slots", "adapter_slots", "life", "since")
-#: White space at the end of texts, by which Lua tells them apart quickly (`tail_of` in layout.lua).
+#: White space at the end of texts, by which Lua distinguishes them quickly (`tail_of` in layout.lua).
 _TAILS = tuple(" " * (number // 4) + " \t\n\r"[number % 4] for number in range(64))
 _DECODE = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -374,7 +374,7 @@ def _tail(name: str) -> int:
 
 
 def _told_apart(ticket: Ticket, event: str) -> str:
-    """Return the event with white space at its end, by which Lua tells it apart from others quickly (`tail_of` in layout.lua)."""
+    """Return the event with white space at its end, by which Lua distinguishes it from others quickly (`tail_of` in layout.lua)."""
     return event and event + _TAILS[_tail(ticket.id)]
 
 
@@ -392,7 +392,7 @@ def _facts(text: str) -> dict[str, Any]:
 
 
 def _seen(replica: dict[str, Any], due: float, reply: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the controller reads of a replica. When its silence matters next says when it last sent a heartbeat (`beat_of`)."""
+    """Return the controller's view of a replica. The time at which its silence matters next gives its last heartbeat (`beat_of`)."""
     return {
         "state": replica["state"],
         "load": replica["load"],

@@ -113,7 +113,7 @@ class OpenTicket:
         self.standing = Standing(WaitPhase.ASKED, self.opened)
         self.lease: Lease | None = None
         self.attempts = 0
-        #: Whether the slot of this background ticket was taken back. Then it holds nothing any more, and only its end is left.
+        #: True if the slot of this background ticket was taken back. Then it holds nothing any more, and only its end is left.
         self.yielded = False
         self._on_revoked: Callable[[], None] | None = None
         self._on_yielded: Callable[[], None] | None = None

@@ -61,7 +61,7 @@ class NoTicket(StrEnum):
     UNKNOWN = "unknown"
 
 
-#: The states that answer a submitted ticket.
+#: The states that the submission of a ticket can return.
 REFUSALS = frozenset({NoTicket.REFUSED, NoTicket.REFUSED_BY_POOL, NoTicket.LIMITED, NoTicket.UNSEEDED})
 
 

@@ -12,9 +12,9 @@ from lmaas.errors import SettingsError
 class Profile:
     """Times of one engine, `_s` in seconds, and its sizes.
 
-    The defaults are meant to be this project's development machine (docs/how-to/simulation.md says which were measured and
-    which are guesses): 2 cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the zygote (`start_s` is 18 without it).
-    `python -m bench.bill` measures them on another machine.
+    The defaults are meant to be this project's development machine (docs/how-to/simulation.md lists the measured and the estimated ones): 2
+    cores, SmolLM2-135M with rank-8 adapters in float32, engines forked from the zygote (`start_s` is 18 without it). `python -m bench.bill`
+    measures them on another machine.
     """
 
     #: From the controller's decision to the engine's launch: a supervisor process starts. This is not engine time.

@@ -28,7 +28,7 @@ from lmaas.store.tables import background_responses as rows
 from lmaas.store.tables import response_events, responses
 from lmaas.store.usage import UsageEvent, insert_events
 
-#: How long the events are kept after the end of a response.
+#: The time for which the events are kept after the end of a response.
 LOG_KEPT_FOR = timedelta(minutes=10)
 #: The bytes that the unfinished responses of one tenant may take.
 MAX_OPEN_BYTES = 256 * 1024 * 1024
@@ -101,7 +101,7 @@ class NewBackground:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the database."""
+        """Its size in the database."""
         return len(self.request) + len(self.input) + len(self.body) + len(self.events or b"") + ROW_BYTES
 
 
@@ -129,7 +129,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a runner needs to run a response. `next_event` is the number of the first event of this run."""
+    """The data that a runner needs to run a response. `next_event` is the number of the first event of this run."""
 
     key_id: str
     previous_id: str | None
@@ -141,7 +141,7 @@ class Run:
     next_event: int
     failures: int
     losses: int
-    #: Whether its deadline has passed, so that it is not to run any more.
+    #: True if its deadline has passed, so that it is not to run any more.
     is_overdue: bool
 
 
@@ -185,7 +185,7 @@ async def create(
     async with db.begin(tenant_id) as connection:
         if not await conversations.hold_tenant(connection, tenant_id):
             raise Unauthenticated
-        # Those that create for one tenant at the same time wait for each other, so that none counts too few.
+        # Simultaneous creations for one tenant wait for each other, so that none counts too few.
         await connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"background {tenant_id}", 0))))
         counting = select(func.count(), func.coalesce(func.sum(rows.c.size_bytes), 0)).where(*own)
         count, size = (await connection.execute(counting)).one()

@@ -1,7 +1,7 @@
 """The lines of batches: from their validation to the output files.
 
 A line is `pending`, then `running` with a lease of a runner, then `done` or `failed`. A line that never ran stays `pending` until its batch
-is finalized: the batch's row says why.
+is finalized: the batch's row has the reason.
 """
 
 import asyncio
@@ -174,7 +174,7 @@ class LineRow(NamedTuple):
 class EndedLine:
     """The end of a leased line: `done`, or `failed`. `answer` is the body of the response, or the JSON of an error without a status.
 
-    `event` is the usage event of the attempt, None if no engine was asked. `turn` is the response that is to be stored, None for other
+    `event` is the usage event of the attempt, None if no engine was called. `turn` is the response that is to be stored, None for other
     answers.
     """
 
@@ -191,7 +191,7 @@ class EndedLine:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes of memory."""
+        """Its size in memory."""
         return len(self.answer) + (0 if self.turn is None else self.turn.size_bytes)
 
 

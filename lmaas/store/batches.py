@@ -20,7 +20,7 @@ from lmaas.store.scopes import OPERATOR, SYSTEM
 from lmaas.store.tables import batch_pools, batches, tenants
 from lmaas.types import BatchLimits
 
-#: How long a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
+#: The time for which a batch that has ended can be retrieved, from its creation. Its result files may expire earlier.
 KEPT = timedelta(days=90)
 #: Batches that one statement deletes. They have no lines.
 ROWS_AT_ONCE = 500
@@ -30,8 +30,8 @@ ROWS_AT_ONCE = 500
 class Batch:
     """A batch without its lines.
 
-    `metadata` is a JSON object, `errors` a JSON list of faults. `stop_code` says why lines that are still pending will not run. The counts
-    of lines by their end leave out those that have not ended.
+    `metadata` is a JSON object, `errors` a JSON list of faults. `stop_code` is the reason why pending lines will not run. The counts of
+    lines by their end leave out those that have not ended.
     """
 
     tenant_id: str
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def ended_at(self) -> datetime | None:
-        """When it ended, None if it has not."""
+        """The time of its end, None if it has not ended."""
         return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
 
     @property

@@ -43,7 +43,7 @@ class Notice:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What there is only one notice of in a month."""
+        """The key of which there is only one notice in a month."""
         return self.tenant_id, self.owner_id, self.limit, self.percent
 
 

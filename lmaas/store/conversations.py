@@ -29,7 +29,7 @@ class Item:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the database."""
+        """Its size in the database."""
         return len(self.body) + ROW_BYTES
 
 
@@ -44,7 +44,7 @@ class NewTurn:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes of memory."""
+        """Its size in memory."""
         return self.response.size_bytes + sum(item.size_bytes for item in self.items)
 
 

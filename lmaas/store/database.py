@@ -49,7 +49,7 @@ _BY_INDEX = " -c enable_seqscan=off -c jit=off"
 
 
 class Writes(Protocol):
-    """Where something may be written: the database, or the connection that proves who may write."""
+    """The object through which a function may write: the database, or the connection that proves the right to write."""
 
     def begin(self, scope: AnyScope) -> AbstractAsyncContextManager[AsyncConnection]:
         """Provide a connection for the block. Its statements hold, all or each, once the block has ended without an error."""
@@ -68,7 +68,7 @@ class Database:
     def __init__(self, url: str, role: DatabaseRole | None = None, *, prefix: str = "lmaas", connections: int = 5) -> None:
         self._role, self._prefix = role, prefix
         self._login = make_url(driver_url(url)).username
-        #: What a transaction has to become, unless the login is it already.
+        #: The role that a transaction has to take, unless the login already is that role.
         self._acts_as = None if role is None or role_name(prefix, role) == self._login else role
         self._engine = create_async_engine(
             driver_url(url),

@@ -22,7 +22,7 @@ from lmaas.store.tables import webhook_deliveries as rows
 from lmaas.store.tables import webhooks
 from lmaas.store.webhooks import fail_waiting
 
-#: How long a delivery that has ended can be seen and sent again, and how many of one webhook.
+#: The time for which a delivery that has ended can be seen and sent again, and the most of them for one webhook.
 KEPT = timedelta(days=7)
 MAX_ENDED = 1_000
 #: Deliveries that one statement deletes.
@@ -92,7 +92,7 @@ class DeliveryLease:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What is sent: the body, signed with these keys. `failures` are the attempts that failed before."""
+    """The message to send: the body, signed with these keys. `failures` are the attempts that failed before."""
 
     url: str
     keys: tuple[bytes, ...]
@@ -103,9 +103,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of an attempt: success without an `error`. Of a failure, `retry_in_s` says when it is tried again; None means not again.
+    """The outcome of an attempt: success without an `error`. For a failure, `retry_in_s` is the time until the next attempt; None means no
+    further one.
 
-    `is_gone` says that the target wants no more events.
+    `is_gone` is true if the target wants no more events.
     """
 
     duration_ms: int

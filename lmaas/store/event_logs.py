@@ -33,7 +33,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """What can be read of a log after an event: its next pieces, and how it goes on.
+    """The part of a log after an event: its next pieces, and its continuation.
 
     `first_event` is the number of the first event of the present run; earlier runs' events are gone. `next_event` is the number of the next
     event. The log is not `is_whole` if some events were not logged.

@@ -81,7 +81,7 @@ class Check:
         return self.tenant_id, self.sha256
 
 
-#: What runs in the transaction that adds files.
+#: Work in the transaction that adds files.
 Within = Callable[[AsyncConnection, Sequence[File]], Awaitable[None]]
 
 _FILE = tuple(files.c[name] for name in File.__slots__)

@@ -70,9 +70,10 @@ _CLAIM = text(
     SELECT tenant_id, batch_id, position, attempt, given_back, byte_offset, byte_length FROM claimed ORDER BY batch_id, position
     """  # noqa: S608 (a condition and an order of ours)
 )
-#: How statements find the lines that they are given: one look into the primary key for each, then each by its place. The statistics of
-#: `batch_lines` are of other batches, so a plan must not depend on them: a line is not looked up by `runner_id` and `state`, which have an
-#: index of all that runs, and this condition, which is always true, has the planner expect few lines, so that it joins them first.
+#: A condition by which statements find the lines that they are given: one look into the primary key for each, then each by its place. The
+#: statistics of `batch_lines` are of other batches, so a plan must not depend on them: a line is not looked up by `runner_id` and `state`,
+#: which have an index of all that runs, and this condition, which is always true, has the planner expect few lines, so that it joins them
+#: first.
 FEW = "{0}.batch_id = {0}.batch_id || '' AND {0}.batch_id = '' || {0}.batch_id"
 _LOCK = text(
     f"""
@@ -186,7 +187,7 @@ class Offer(NamedTuple):
 
 
 class LeasedLine(NamedTuple):
-    """A line that a runner leases, and where its bytes are in the input file. `attempt` is the number of the lease, from 1."""
+    """A line that a runner leases, and the position of its bytes in the input file. `attempt` is the number of the lease, from 1."""
 
     tenant_id: str
     batch_id: str

@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 #: The key of the lock: any constant that is not used elsewhere.
 LOCK = 0x6C6D6161
-#: How long a migration waits for a table's lock. Other queries of the table wait behind it, so the time is short.
+#: The time for which a migration waits for a table's lock. Other queries of the table wait behind it, so the time is short.
 LOCK_TIMEOUT_S = 3.0
 #: For how long that is tried again, with pauses in which the others get through: doubled each time, up to the last.
 RETRY_FOR_S = 120.0
 PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
-#: How long a migration waits for another one.
+#: The time for which a migration waits for another one.
 WAIT_S = 120.0
 #: Postgres' codes for a lock timeout and a deadlock.
 LOCKED = ("55P03", "40P01")
@@ -121,7 +121,7 @@ def _upgrade(connection: Connection, config: Config, to: str, prefix: str) -> No
     connection.execute(text("RESET ROLE"))
     connection.commit()
     adopt(connection, prefix)
-    # What is made from here on belongs to the owner.
+    # Tables that are created from here on belong to the owner.
     try:
         connection.execute(text(f"SET ROLE {role_name(prefix, DatabaseRole.OWNER)}"))
     except ProgrammingError as error:

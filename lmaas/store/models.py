@@ -42,16 +42,16 @@ class BaseModel:
     max_model_len: int
     kv_cache_bytes: int
     engine_args: str
-    #: What its engines do. It never changes.
+    #: The work of its engines. It never changes.
     kind: PoolKind = PoolKind.GENERATE
     #: An operator's own bounds; None means the setting's.
     min_replicas: int | None = None
     max_replicas: int | None = None
     idle_timeout_s: float | None = None
-    #: What a replica takes from its machine; None means the setting's.
+    #: The part of its machine that a replica takes; None means the setting's.
     cpus: float | None = None
     accelerators: int | None = None
-    #: What tenants pay: micro-dollars per million tokens.
+    #: The tenants' prices: micro-dollars per million tokens.
     prompt_price: int = 0
     cached_price: int = 0
     completion_price: int = 0
@@ -62,7 +62,7 @@ class BaseModel:
 
     @property
     def takes_adapters(self) -> bool:
-        """Whether its engines apply LoRA adapters. Of models that embed text, those do of which modules are known that take them."""
+        """True if its engines apply LoRA adapters. Of models that embed text, only those do whose adaptable modules are known."""
         return self.kind is PoolKind.GENERATE or bool(self.linears)
 
     @property
@@ -82,10 +82,9 @@ _IS_THERE = base_models.c.deleted_at.is_(None)
 _NAME_LOCK = 0x6C6D6E61
 _COLUMNS = [base_models.c[name] for name in BaseModel.__slots__]
 
-#: What an adapter is validated against.
+#: The fields against which an adapter is validated.
 VALIDATED = frozenset({"source", "linears", "dtype", "max_lora_rank"})
-#: What is the operator's own, and stays when `lmaas up` registers the base model of its settings again.
-#: Micro-dollars.
+#: The operator's own values, which stay when `lmaas up` registers the base model of its settings again. Micro-dollars.
 PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 CHANGEABLE = frozenset({"min_replicas", "max_replicas", "idle_timeout_s", "cpus", "accelerators", *PRICES})
 

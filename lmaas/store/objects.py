@@ -80,7 +80,7 @@ class Objects:
     async def stream(self, key: str, size_bytes: int) -> AsyncIterator[bytes]:
         """Provide the bytes of an object of this size, in pieces of at most STREAM_BYTES.
 
-        Each piece is fetched when it is asked for, so that a slow receiver neither fills the memory nor holds a connection to the store.
+        Each piece is fetched when it is needed, so that a slow receiver neither fills the memory nor holds a connection to the store.
         Raises as `read`.
         """
         for offset in range(0, size_bytes, STREAM_BYTES):

@@ -20,7 +20,7 @@ from lmaas.store.tables import responses as rows
 #: The limits of a chain: the number of its responses, and the bytes of their inputs and outputs. More would not fit into a model's context.
 MAX_CHAIN = 1000
 MAX_CHAIN_BYTES = 8 * 1024 * 1024
-#: What a row takes besides its JSON. It is counted, so that many small rows count too.
+#: The size of a row besides its JSON. It is counted, so that many small rows count too.
 ROW_BYTES = 256
 
 #: Stores many responses by one short statement, because its cost is part of every request's. The lock waits for a running deletion of the
@@ -51,7 +51,7 @@ class Response:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the database."""
+        """Its size in the database."""
         return len(self.input) + len(self.body) + ROW_BYTES
 
 

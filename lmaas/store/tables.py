@@ -294,7 +294,7 @@ idempotency = Table(
     "idempotency",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
-    # As the client chose it.
+    # The client's own value.
     Column("key", Text, nullable=False),
     # SHA-256 of the endpoint and the request's body.
     Column("body_hash", LargeBinary, nullable=False),
@@ -490,9 +490,9 @@ batch_lines = Table(
     # A LineState.
     Column("state", Text, nullable=False),
     *_lease(),
-    # How many of its leases were given back. The others, apart from the last one, ended with the loss of their runner.
+    # The number of its leases that were given back. The others, apart from the last one, ended with the loss of their runner.
     Column("given_back", Integer, nullable=False, server_default=text("0")),
-    # What the output file says of it: the ledger's id of the attempt, the HTTP status, and the JSON of the answer or of the error.
+    # Its entry in the output file: the ledger's id of the attempt, the HTTP status, and the JSON of the answer or of the error.
     Column("request_id", Text),
     Column("status_code", Integer),
     Column("answer", LargeBinary),
@@ -512,7 +512,7 @@ batch_pools = Table(
     # Lines that do not run and have not ended, and the sum of their estimated tokens.
     Column("pending", Integer, nullable=False),
     Column("pending_tokens", BigInteger, nullable=False),
-    # What engines have processed: the estimated tokens of lines that are done, as far as the real ones bear them out.
+    # The work that engines have done: the estimated tokens of lines that are done, limited by the real ones.
     Column("done_tokens", BigInteger, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("tenant_id", "batch_id", "pool_id"),
     ForeignKeyConstraint(["tenant_id", "batch_id"], ["batches.tenant_id", "batches.id"], ondelete="CASCADE"),
@@ -526,7 +526,7 @@ background_responses = Table(
     Column("id", Text, nullable=False),
     # The key that created it, with whose rights and limits it runs.
     Column("key_id", Text, nullable=False),
-    # What it continues, as in `responses`.
+    # The response or conversation that it continues, as in `responses`.
     Column("previous_id", Text),
     Column("conversation_id", Text),
     # The client's request, the items of its input with their ids, and the response object as it was created, as JSON. All three are empty
@@ -536,7 +536,7 @@ background_responses = Table(
     Column("body", LargeBinary, nullable=False),
     # A BackgroundStatus.
     Column("status", Text, nullable=False),
-    # Whether its events are logged.
+    # True if its events are logged.
     Column("is_streamed", Boolean, nullable=False),
     # The `sequence_number` of the first event of the present run, and that of the next event. The first two are those of the creation.
     Column("first_event", Integer, nullable=False, server_default=text("2")),
@@ -577,7 +577,7 @@ response_events = Table(
     ForeignKeyConstraint(["tenant_id", "response_id"], ["background_responses.tenant_id", "background_responses.id"], ondelete="CASCADE"),
 )
 
-# Where a tenant's events are reported.
+# The targets of a tenant's events.
 webhooks = Table(
     "webhooks",
     metadata,
@@ -634,7 +634,7 @@ webhook_deliveries = Table(
     Column("body", LargeBinary, nullable=False),
     # A DeliveryState.
     Column("state", Text, nullable=False, server_default=text("'pending'")),
-    # The attempts that have failed since it was created, or since it was last asked to be sent again.
+    # The failed attempts since it was created, or since the last request to send it again.
     Column("failures", Integer, nullable=False, server_default=text("0")),
     # All attempts, and what came of the last one.
     Column("attempts", Integer, nullable=False, server_default=text("0")),

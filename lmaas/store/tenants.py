@@ -183,8 +183,8 @@ async def delete_tenant(db: Database, tenant_id: str, *, audit: Audit | None = N
     """Delete a tenant, its keys, its webhooks, its adapters' rows and all stored responses, conversations and batches, and let its files
     expire. Its usage stays in the ledger.
 
-    Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, the rest cannot be
-    read by anyone, and goes when it expires.
+    Raises NotFound, and Unavailable if Postgres is away. If not all responses and conversations could be deleted then, no key can read the
+    rest, and it is deleted when it expires.
     """
     async with db.begin(OPERATOR) as connection:
         gone = await connection.execute(

@@ -42,7 +42,7 @@ class UsageEvent:
     run_ms: int
     replica_id: str | None
     created_at: datetime
-    #: What the tenant is charged, in picodollars (10⁻¹² $).
+    #: The tenant's charge, in picodollars (10⁻¹² $).
     charge_picousd: int = 0
     work: WorkClass = WorkClass.INTERACTIVE
 
@@ -130,7 +130,7 @@ async def recent_waste(db: Database) -> list[PoolWaste]:
 
 @dataclass(frozen=True, slots=True)
 class EventFilter:
-    """Which events of the ledger are asked for; None: all. Days are those of arrival (UTC), both inclusive. `adapter` is a name without a
+    """The requested events of the ledger; None: all. Days are those of arrival (UTC), both inclusive. `adapter` is a name without a
     version, `model` that of a base model."""
 
     since: date | None = None
@@ -144,7 +144,7 @@ class EventFilter:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether events may be rare among those of the same days, and are not found by their id."""
+        """True if events may be rare among those of the same days, and are not found by their id."""
         return self.request_id is None and any((self.key_id, self.model, self.adapter, self.work, self.status))
 
     def conditions(self) -> list[ColumnElement[bool]]:
@@ -172,8 +172,8 @@ EVERY = EventFilter()
 async def list_events(
     db: Database, scope: AnyScope, part: Part | None = None, *, wanted: EventFilter = EVERY, with_waste: bool = True
 ) -> list[UsageEvent]:
-    """Return the wanted events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all. Wasted attempts are left
-    out unless they are asked for.
+    """List the wanted events, or a part of them, newest first: of one tenant by its id, or with OPERATOR of all. Wasted attempts are left
+    out by default.
 
     Raises InvalidRequest for a part after an event that is not one of the list.
     """
@@ -184,7 +184,7 @@ async def list_events(
     query = select(*(columns[name] for name in UsageEvent.__slots__)).where(*owned, *wanted.conditions())
     async with db.begin(scope) as connection:
         if part is not None and wanted.is_narrow:
-            # Of one moment, so that the days have what their sums say.
+            # Both are read at one time, so that the days have the same events as their sums.
             await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             query = query.where(await _on_days(connection, scope, part, wanted, with_waste=with_waste))
         rows = await rows_of(connection, query, part, columns.created_at, columns.request_id, *owned, newest_first=True)
@@ -204,7 +204,7 @@ async def _on_days(
     conditions += [sums.day >= wanted.since] if wanted.since is not None else []
     conditions += [sums.day <= wanted.until] if wanted.until is not None else []
     if part.after is not None:
-        # If there is no such event, the list says so.
+        # If there is no such event, the list reports it.
         of_place = select(cast(func.timezone("UTC", usage_events.c.created_at), Date)).where(usage_events.c.request_id == part.after)
         conditions.append(sums.day <= of_place.scalar_subquery())
     requests = func.sum(sums.requests)

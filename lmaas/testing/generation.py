@@ -182,7 +182,7 @@ def prompt_blocks(seed: object, tokens: list[Any]) -> list[int]:
 def called(body: dict[str, Any]) -> tuple[str, str] | None:
     """Return the function to call, with the smallest arguments that its schema allows, or None.
 
-    A call is made if the request asks for one, or if the last message, but for a system's, is a user's with the words "use the tool". It is
+    A call is made if the request requires one, or if the last message, but for a system's, is a user's with the words "use the tool". It is
     the function that the request or this message names. Otherwise it is the first one; after a function's result, the last one, which is
     how agents let a model hand over its final output.
     """
@@ -201,7 +201,7 @@ def called(body: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def formatted(body: dict[str, Any]) -> str | None:
-    """Return the smallest JSON that the format of the request allows, or None if it asks for text or ignores the end."""
+    """Return the smallest JSON that the format of the request allows, or None if the format is text or ignores the end."""
     form = body.get("response_format") or {}
     if body.get("ignore_eos") or form.get("type") not in ("json_object", "json_schema"):
         return None

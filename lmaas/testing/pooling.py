@@ -28,7 +28,7 @@ PoolingAnswer = Callable[[Request, dict[str, Any]], Coroutine[Any, Any, bytes | 
 
 
 class Pooling:
-    """Computes the answers of one engine. `matryoshka` is whether its model can shorten its vectors."""
+    """Computes the answers of one engine. `matryoshka` is true if its model can shorten its vectors."""
 
     def __init__(self, engine: Engine, refuse: Refuse, *, matryoshka: bool) -> None:
         self._engine, self._refuse, self._matryoshka = engine, refuse, matryoshka

@@ -15,7 +15,7 @@ MAX_WAITING = 2_000
 #: The spans of one request to the collector, and the time that it may take.
 SPANS_AT_ONCE = 512
 TIMEOUT_S = 5.0
-#: The pauses before a collector that has failed is asked again, and before its failure is logged again.
+#: The pauses before a collector that has failed is tried again, and before its failure is logged again.
 AGAIN_S = 5.0
 LOG_EVERY_S = 60.0
 
@@ -36,7 +36,7 @@ def span_writer(url: str, service: str) -> GroupWriter[list[Span]]:
 
 
 class Sender:
-    """Sends groups of traces. A collector that has failed is asked again after AGAIN_S; traces that are to be sent meanwhile are lost."""
+    """Sends groups of traces. A collector that has failed is tried again after AGAIN_S; traces that are to be sent meanwhile are lost."""
 
     def __init__(self, export: Callable[[Sequence[Span]], bool], clock: Callable[[], float] = time.monotonic) -> None:
         self._export, self._clock = export, clock

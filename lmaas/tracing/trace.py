@@ -35,7 +35,7 @@ class Span:
     end_ns: int
     attributes: Attributes
     error: str = ""
-    #: Moments within the span.
+    #: Points in time within the span.
     events: tuple[tuple[str, int], ...] = ()
 
 
@@ -78,7 +78,7 @@ class Trace:
         self._stage = _Stage(stage, kind, _new_span_id(), moment, dict(attributes or {}), [])
 
     def mark(self, event: str) -> None:
-        """Note a moment of the current stage."""
+        """Record a point in time of the current stage."""
         self._stage.events.append((event, self._now()))
 
     def engine_headers(self) -> dict[str, str]:

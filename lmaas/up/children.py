@@ -68,7 +68,7 @@ class Child:
             return f"{self._log} cannot be read: {error.strerror}"
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """Ask the process to stop, and kill it after `grace_s` seconds or once `hurry` is set."""
+        """Send SIGTERM to the process, and kill it after `grace_s` seconds or once `hurry` is set."""
         if self.process is None:
             return
         with suppress(ProcessLookupError):

@@ -32,7 +32,7 @@ class Kept(Protocol):
         """Return whether the process is ready for use. May take a few seconds."""
 
     def failure(self) -> str:
-        """Return the reason why the process ended or does not answer, and the path of its log."""
+        """Return the reason why the process ended or does not respond, and the path of its log."""
 
 
 def pause_s(failures: int) -> float:

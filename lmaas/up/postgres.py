@@ -176,7 +176,7 @@ def _runs(programs: Path, user: str) -> bool:
 
 
 def _copy_for_all(packages: Path, copy: Path) -> None:
-    """Copy the programs and their libraries to a folder that everyone can read. They contain no data."""
+    """Copy the programs and their libraries to a folder that all users can read. They contain no data."""
     partial = copy.with_name(f"{copy.name}.partial-{os.getpid()}")
     try:
         for part in (PROGRAMS, LIBRARIES):
@@ -207,7 +207,7 @@ def _end_leftovers(folder: Path) -> None:
     while found := list(_servers(folder)):
         postmaster = next((process for process in found if str(process.pid) == noted), None)
         for process in found:
-            # Orphans of a dead postmaster have nothing to write. A living postmaster is asked once to shut down.
+            # Orphans of a dead postmaster have nothing to write. A living postmaster gets one request to shut down.
             if postmaster is None or time.monotonic() > deadline:
                 _signal(process, signal.SIGKILL)
         if postmaster is not None and not told:

@@ -74,7 +74,7 @@ class Server(ABC):
         raise NotImplementedError
 
     def launch(self) -> None:
-        """Start the process and return without waiting until it answers. Raises SettingsError if it cannot be started."""
+        """Start the process and return without waiting for its first response. Raises SettingsError if it cannot be started."""
         try:
             self.prepare()
             _make_folder(self.log.parent)
@@ -92,7 +92,7 @@ class Server(ABC):
             raise SettingsError(f"{self.title} cannot be started: {error}.") from error
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Raises SettingsError if it does not."""
+        """Start the server and wait until it responds. Raises SettingsError if it does not."""
         self.launch()
         deadline = time.monotonic() + START_S
         while not self.answers():
@@ -106,7 +106,7 @@ class Server(ABC):
         return self.process is not None and self.process.poll() is None
 
     def failure(self) -> str:
-        """Return the reason why the server ended or does not answer, from its log, and the path of the log."""
+        """Return the reason why the server ended or does not respond, from its log, and the path of the log."""
         full = f"The disk of {self.folder} is full. " if is_full(self.folder) else ""
         why = self._complaint() or ("" if full else "it has not written why")
         return f"{full}{why.rstrip('.')}{'. ' if why else ''}Its log is {self.log}."

@@ -1,4 +1,4 @@
-"""Runs the whole service on this machine until it is told to stop, and then ends every process of it."""
+"""Runs the whole service on this machine until it is stopped, and then ends every process of it."""
 
 import asyncio
 import shlex
@@ -47,8 +47,7 @@ from lmaas.up.server import Server, is_full
 
 READY_S = 60.0
 DISK_LOOK_S = 5.0
-#: The time for which background work waits for a warm engine, unless the settings say another. With a stack on one machine, its user is
-#: probably waiting.
+#: The time for which background work waits for a warm engine by default. With a stack on one machine, its user is probably waiting.
 MAX_WAIT_S = 30.0
 LOOPBACK = "127.0.0.1"
 
@@ -89,7 +88,7 @@ class Stack:
         self._say("Stopped.")
 
     async def _start(self, servers: list[Server]) -> bool:
-        """Start the embedded servers; return False if the stack is told to stop meanwhile. Raises SettingsError."""
+        """Start the embedded servers; return False if the stack is stopped meanwhile. Raises SettingsError."""
         if servers:
             self._say("Starting the database and the queue ...")
         for server in servers:
@@ -186,7 +185,7 @@ class Stack:
         finally:
             self._let_go(keepers)
             ready.unlink(missing_ok=True)
-            # What the job runner gives back waits for the next start.
+            # Work that the job runner gives back waits for the next start.
             drained = [child for child in (gateway, jobs, console) if child is not None]
             await asyncio.gather(*(child.stop(settings.drain_timeout_s + 5, self._hurry) for child in drained))
             # Stop the controller first, so that nothing new is started while the replicas end.
@@ -203,7 +202,7 @@ class Stack:
                 await db.close()
 
     async def _until_serving(self, settings: Settings, gateway: Child) -> bool:
-        """Wait until the gateway is ready except for what this stack still has to set up. Return False if told to stop.
+        """Wait until the gateway is ready except for the parts that this stack still has to set up. Return False if the stack is stopped.
 
         Raises SettingsError.
         """
@@ -303,7 +302,7 @@ def _embedded(settings: Settings) -> tuple[Settings, list[Server]]:
 
 
 def up(settings: Settings) -> None:
-    """Run a stack until it is told to stop. Raises SettingsError."""
+    """Run a stack until it is stopped. Raises SettingsError."""
     private_files()
     try:
         asyncio.run(Stack(settings, Console()).run())

@@ -32,7 +32,7 @@ QUEUED = "queued"
 
 
 class _Created(msgspec.Struct):
-    """What is read of a kept answer, which is the response as it was created."""
+    """The fields that are read of a kept answer, which is the response as it was created."""
 
     id: str
 

@@ -17,11 +17,11 @@ CONNECT_S = 3.0
 #: Time for which the console may be silent. Its live parts send something more often.
 SILENT_S = 300.0
 CHUNK_BYTES = 64 * 1024
-#: Headers about one connection, and not about the request or the response (RFC 9110). `expect` was answered by this server.
+#: Headers about one connection, and not about the request or the response (RFC 9110). This server has handled `expect`.
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 )
-#: What this server adds itself.
+#: Headers that this server adds itself.
 _OWN = frozenset({"date", "server", "x-request-id", "openai-processing-ms"})
 
 
@@ -54,7 +54,7 @@ class ConsoleForwarding:
         if self._session is None:
             raise NotFound("This service has no console. Set LMAAS_CONSOLE_URL to the address of one, which `lmaas console` runs.")
         query = request.scope["query_string"].decode("latin-1")
-        # As the client has encoded it, except for slashes at its end, which the gateway ignores everywhere.
+        # Encoded by the client, except for slashes at its end, which the gateway ignores everywhere.
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1").partition("?")[0].rstrip("/")
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         try:

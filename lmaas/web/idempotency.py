@@ -63,7 +63,7 @@ class Recorder:
 
     @property
     def started(self) -> bool:
-        """Whether the head has been sent."""
+        """True if the head has been sent."""
         return self._sink.started
 
     def watch(self) -> None:

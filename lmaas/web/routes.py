@@ -30,7 +30,7 @@ from lmaas.web.models import model_routes
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What the endpoints use, built in the composition root."""
+    """The common services of the endpoints, built in the composition root."""
 
     settings: Settings
     authenticate: Authenticator

@@ -39,8 +39,8 @@ class ClientBounds:
 
 
 def client_bounds(settings: Settings) -> ClientBounds:
-    """Return the limits that the settings ask for. The number of connections is also limited by the files that this process may open:
-    each request needs one connection to its client and one to an engine."""
+    """Return the limits of the settings. The number of connections is also limited by the files that this process may open: each request
+    needs one connection to its client and one to an engine."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(1, (files - OTHER_FILES) // 2) if files != resource.RLIM_INFINITY else settings.max_connections
     return ClientBounds(settings.header_timeout_s, settings.body_timeout_s, min(settings.max_connections, most))

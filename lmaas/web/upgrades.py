@@ -9,22 +9,22 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-#: The headers that say where a request's body ends. A parser that resumes in the middle of a request needs nothing else.
+#: The headers that determine the end of a request's body. A parser that resumes in the middle of a request needs nothing else.
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class UpgradeIgnoringProtocol(HttpToolsProtocol):
-    """Reads the body of a request that asks for an upgrade, and the requests that follow on the same connection.
+    """Reads the body of a request that offers an upgrade, and the requests that follow on the same connection.
 
-    llhttp stops at the end of the head of such a request: it takes what follows for another protocol. A second parser then goes on from
-    there. It first gets a head that has nothing but the framing headers, which it does not report.
+    llhttp stops at the end of the head of such a request: it takes the rest for another protocol. A second parser then continues from
+    there. It first gets a head with only the framing headers, which it does not report.
     """
 
     def _should_upgrade(self) -> bool:
         return False
 
     def on_message_complete(self) -> None:
-        """Handle the end of a request. The parser also reports it at the end of a head that asks for an upgrade, where it is ignored."""
+        """Handle the end of a request. The parser also reports it at the end of a head that offers an upgrade, where it is ignored."""
         if self.parser.should_upgrade():
             return
         super().on_message_complete()

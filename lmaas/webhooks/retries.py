@@ -1,10 +1,10 @@
-"""When a failed attempt is repeated. Pure."""
+"""The times at which a failed attempt is repeated. Pure."""
 
 #: The pauses before the attempts after the first one: about three days in all.
 PAUSES_S = (5.0, 60.0, 5 * 60.0, 30 * 60.0, 2 * 3600.0, 5 * 3600.0, 10 * 3600.0, 14 * 3600.0, 20 * 3600.0, 20 * 3600.0)
 #: A pause is longer by at most this part, so that what failed together does not return together.
 JITTER = 0.1
-#: The longest pause that a target's `Retry-After` may ask for.
+#: The longest pause that a target's `Retry-After` may request.
 MAX_RETRY_AFTER_S = 24 * 3600.0
 
 

@@ -22,7 +22,7 @@ LOOKUPS = 32
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What came of an attempt. `error` is None for a success, otherwise a sentence for the tenant."""
+    """The outcome of an attempt. `error` is None for a success, otherwise a sentence for the tenant."""
 
     status_code: int | None
     error: str | None

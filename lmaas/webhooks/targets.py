@@ -1,4 +1,4 @@
-"""Which addresses webhooks may call.
+"""The addresses that webhooks may call.
 
 A tenant chooses the URL, and a job runner calls it from inside the private network. So the name is resolved here, only public addresses are
 used, and the connection goes to the very address that was checked. An operator may allow networks of private addresses.

@@ -1,4 +1,4 @@
-"""Prices of base models, charges in the ledger, and how long each engine was in which phase."""
+"""Prices of base models, charges in the ledger, and the time of each engine in each phase."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,7 @@ PRICES = ("prompt_price", "cached_price", "completion_price", "engine_price")
 
 
 def upgrade() -> None:
-    # Columns with constant defaults: no table is rewritten, and the running release goes on without them.
+    # Columns with constant defaults: no table is rewritten, and the running release continues without them.
     for name in PRICES:
         op.add_column("base_models", sa.Column(name, sa.BigInteger(), server_default=sa.text("0"), nullable=False))
     op.add_column("usage_events", sa.Column("charge_picousd", sa.BigInteger(), server_default=sa.text("0"), nullable=False))

@@ -1,4 +1,4 @@
-"""Idempotency keys: which requests ran, and their answers for a day."""
+"""Idempotency keys: the requests that ran, and their responses for a day."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""A number that grows with every change of what gateways keep answers of."""
+"""A number that grows with every change of a table that gateways cache."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
-#: Whatever a gateway's cached answers are read from.
+#: The tables that gateways cache.
 WATCHED = ("tenants", "api_keys", "base_models", "adapters", "adapter_versions")
 
 

@@ -1,4 +1,4 @@
-"""Pools: what a replica takes from its machine, base models that are deleted, and what the controller has decided last."""
+"""Pools: the part of a machine that a replica takes, deleted base models, and the controller's latest decision."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,11 +11,11 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Nullable, without defaults: no table is rewritten, and the running release goes on without them.
+    # Nullable, without defaults: no table is rewritten, and the running release continues without them.
     op.add_column("base_models", sa.Column("cpus", sa.Float(), nullable=True))
     op.add_column("base_models", sa.Column("accelerators", sa.Integer(), nullable=True))
     op.add_column("base_models", sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True))
-    # A deleted one stays for the bill; its name is free again.
+    # A deleted base model stays for the bill; its name can be used again.
     op.drop_constraint("base_models_name_key", "base_models", type_="unique")
     op.create_index("base_models_name_key", "base_models", ["name"], unique=True, postgresql_where=sa.text("deleted_at IS NULL"))
     op.create_table(

@@ -1,4 +1,4 @@
-"""Where the time of each replica's start went."""
+"""The time of each replica's start by stage."""
 
 import sqlalchemy as sa
 from alembic import op

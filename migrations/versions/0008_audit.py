@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Nullable, without defaults: the table is not rewritten, and the running release goes on without them.
+    # Nullable, without defaults: the table is not rewritten, and the running release continues without them.
     op.add_column("audit_log", sa.Column("actor", sa.Text(), nullable=True))
     op.add_column("audit_log", sa.Column("request_id", sa.Text(), nullable=True))
 

@@ -1,6 +1,6 @@
-"""What row-level security needs: each version's own tenant, and a counter of changes that no process writes by itself.
+"""Requirements of row-level security: each version's own tenant, and a counter of changes that no process writes by itself.
 
-Policies, roles and rights are not in here: `lmaas migrate` brings them to what lmaas/store/rights.py says after the migrations.
+Policies, roles and rights are not in here: after the migrations, `lmaas migrate` sets them as lmaas/store/rights.py lists them.
 """
 
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ depends_on = None
 def upgrade() -> None:
     # Nullable at first: no table is rewritten.
     op.add_column("adapter_versions", sa.Column("tenant_id", sa.Text(), nullable=True))
-    # The release before knows nothing of the column, and goes on while this one starts.
+    # The release before does not know the column, and continues while this one starts.
     op.execute(
         """
         CREATE FUNCTION version_tenant() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_temp AS $$

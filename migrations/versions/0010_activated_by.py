@@ -1,4 +1,4 @@
-"""Adapters know who made their version live, so that `lmaas apply` does not undo what a tenant did itself."""
+"""Adapters record the role that made their version live, so that `lmaas apply` does not undo a tenant's own change."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Nullable, without a default: the table is not rewritten, and the running release goes on without it.
+    # Nullable, without a default: the table is not rewritten, and the running release continues without it.
     op.add_column("adapters", sa.Column("activated_by", sa.Text(), nullable=True))
 
 

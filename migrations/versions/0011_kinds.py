@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # A constant default does not rewrite the table, and the running release goes on without the column.
+    # A constant default does not rewrite the table, and the running release continues without the column.
     op.add_column("base_models", sa.Column("kind", sa.Text(), nullable=False, server_default=sa.text("'generate'")))
 
 

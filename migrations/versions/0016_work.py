@@ -1,4 +1,4 @@
-"""The ledger knows the class of the work."""
+"""The ledger records the class of the work."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # A constant default does not rewrite the table, and the running release goes on without the column.
+    # A constant default does not rewrite the table, and the running release continues without the column.
     op.add_column("usage_events", sa.Column("work", sa.Text(), nullable=False, server_default=sa.text("'interactive'")))
 
 

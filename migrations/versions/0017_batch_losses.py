@@ -1,4 +1,4 @@
-"""Batches know how many runners were lost while they validated or finalized them."""
+"""Batches record how many runners were lost while they validated or finalized them."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # A constant default does not rewrite the table, and the running release goes on without the column.
+    # A constant default does not rewrite the table, and the running release continues without the column.
     op.add_column("batches", sa.Column("losses", sa.Integer(), nullable=False, server_default=sa.text("0")))
 
 

@@ -1,4 +1,4 @@
-"""Daily sums of the ledger, which triggers keep exact, and those of the events that are there already."""
+"""Daily sums of the ledger, which triggers keep exact, and those of the existing events."""
 
 from datetime import date, timedelta
 

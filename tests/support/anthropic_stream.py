@@ -35,7 +35,7 @@ _BLOCKS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, str]]]] = {
 
 @dataclass
 class Checked:
-    """A stream that has passed: its events, the message that they add up to, and its error, if it ended with one."""
+    """A stream that has passed the check: its events, the message that they add up to, and its error, if it ended with one."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
     message: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def _parsed(text: str, comments: list[str]) -> Iterable[tuple[str, str]]:
     data: list[str] = []
     for line in text.replace("\r\n", "\n").split("\n"):
         if not line:
-            assert empty or data, "an event without data, which Go's clients take for an empty answer"
+            assert empty or data, "an event without data, which Go's clients take for an empty response"
             if data:
                 yield name, "\n".join(data)
             name, data, empty = "", [], True
@@ -176,7 +176,7 @@ class _Checker:
             try:
                 block["input"] = json.loads(self._json)
             except ValueError:
-                block["input"] = self._json  # allowed only where the answer was cut off, which `tell_end` checks
+                block["input"] = self._json  # allowed only in an interrupted response, which `tell_end` checks
         elif block["type"] != "tool_use":
             assert self._deltas, f"an empty {block['type']} block"
         if block["type"] == "thinking":
@@ -224,7 +224,7 @@ def _prompt(usage: dict[str, Any]) -> int:
 
 
 def check_message(message: dict[str, Any]) -> None:
-    """Raise AssertionError unless this is a whole message, as a stream adds up to, or as an answer in one piece is."""
+    """Raise AssertionError unless this is a whole message, from a stream or from a response in one piece."""
     _check_head(message)
     reason = message["stop_reason"]
     assert reason in STOP_REASONS, f"the stop reason {reason!r}"

@@ -13,7 +13,7 @@ INSTALL_S = 300
 def program(name: str, packages: tuple[str, ...], what: str) -> str:
     """Return the path of a program. As root on Debian it is installed if it is missing.
 
-    Where that is not possible, the test is skipped, and a warning says that `what` is not tested.
+    Where that is not possible, the test is skipped, with a warning that `what` is not tested.
     """
     found = shutil.which(name)
     if found is None and os.geteuid() == 0 and shutil.which("apt-get"):

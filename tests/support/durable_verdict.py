@@ -167,7 +167,7 @@ def _judge_answer(
     truth: Mapping[str, Sequence[Delivery]],
     verdict: Durable,
 ) -> Iterable[str]:
-    """Judge an answer that its owner has."""
+    """Judge a response that its owner has received."""
     if request_id in verdict.answered:
         yield "two results have one attempt"
     verdict.answered.add(request_id)
@@ -186,7 +186,7 @@ def _judge_answer(
 
 
 def _tokens(usage: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the tokens of the prompt and of the answer, from the usage of any protocol."""
+    """Return the tokens of the prompt and of the completion, from the usage of any protocol."""
     if "input_tokens" in usage:
         return usage["input_tokens"], usage["output_tokens"]
     return usage["prompt_tokens"], usage.get("completion_tokens", 0)

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from lmaas.scheduling import client
 
-#: The part of the library that says how things are stored, for scripts.
+#: The part of the library that defines the stored form, for scripts.
 STORED = Path(client.__file__).with_name("layout.lua").read_text().split("\n", 1)[1]
 _ADD = f"""{STORED}
 local vars, field = {{}}, 'figures' .. LAYOUT

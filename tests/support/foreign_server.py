@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 @contextmanager
 def serving(status: int, body: bytes) -> Iterator[str]:
-    """Run a server that answers every request with this; provide its address."""
+    """Run a server that responds to every request with this; provide its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:

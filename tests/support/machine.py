@@ -17,6 +17,6 @@ class Machine:
         return dict(self.replicas)
 
     async def kill(self, replica_id: str) -> None:
-        """Note that the replica was killed."""
+        """Record that the replica was killed."""
         self.killed.append(replica_id)
         del self.replicas[replica_id]

@@ -35,13 +35,13 @@ def made_key(kid: str) -> RSAKey:
 
 @dataclass
 class Provider:
-    """A provider with one person who is always signed in. Its answers can be made wrong."""
+    """A provider with one person who is always signed in. Its responses can be made wrong."""
 
     issuer: str
     claims: dict[str, Any] = field(default_factory=dict)
     #: Changes of the ID token's claims; a value of None removes one.
     wrong: dict[str, Any] = field(default_factory=dict)
-    #: What is in the answer of userinfo, if anything.
+    #: The contents of the userinfo response, if any.
     userinfo: dict[str, Any] = field(default_factory=dict)
     key: RSAKey = field(default_factory=lambda: made_key("first"))
     #: The key that signs, if it is not the one that is published.
@@ -52,7 +52,7 @@ class Provider:
     public: bool = False
 
     def app(self) -> Starlette:
-        """Return its endpoints."""
+        """Return the application with its endpoints."""
         return Starlette(
             routes=[
                 Route("/.well-known/openid-configuration", self._configuration),

@@ -9,7 +9,7 @@ class Nowhere:
         return {}
 
     def start_delay_s(self) -> float:
-        """Return that starts are not delayed."""
+        """Return 0, because starts are not delayed."""
         return 0.0
 
     def first_start_s(self) -> float:
@@ -17,4 +17,4 @@ class Nowhere:
         return 20.0
 
     async def capacity(self) -> None:
-        """Return no bound."""
+        """Return None, because there is no bound."""

@@ -145,7 +145,7 @@ def _take(items: list[_Item], event: Event) -> None:
         assert place >= found.done_parts
     assert not found.told[place], "a piece after the whole text"
     if what == "delta":
-        # A token may have no text, such as the first half of a character or the end of the answer.
+        # A token may have no text, such as the first half of a character or the end of the completion.
         assert event["delta"] or event.get("logprobs"), "an empty piece"
         found.texts[place] += event["delta"]
         found.logprobs[place] += event.get("logprobs", [])

@@ -26,7 +26,7 @@ from lmaas.testing.truth import Delivery
 
 #: The maximum age of a checkpoint is one second. A busy machine with two cores adds up to 1.5 s.
 CHECKPOINT_S = 1.0 + 1.5
-#: The time in which a gateway settles a request. If it is killed that soon after the client's answer, it may not have settled.
+#: The time in which a gateway settles a request. If it is killed this soon after the client's response, it may not have settled.
 SETTLE_S = 2.0
 #: Statuses of requests that were rejected before anything was accepted.
 REJECTED = {400, 401, 404, 429}

@@ -105,17 +105,17 @@ async def tenant(gateway: UnreachableGateway) -> AsyncIterator[httpx.AsyncClient
 
 @pytest.fixture(scope="session")
 def postgres_url() -> str:
-    """Fail the test that asks for a database."""
+    """Fail a test that requests a database."""
     pytest.fail("A unit test asks for Postgres. Move the test to tests/integration.")
 
 
 @pytest.fixture(scope="session")
 def valkey_url() -> str:
-    """Fail the test that asks for a Valkey."""
+    """Fail a test that requests a Valkey."""
     pytest.fail("A unit test asks for Valkey. Move the test to tests/integration.")
 
 
 @pytest.fixture(scope="session")
 def model_folder() -> str:
-    """Fail the test that asks for the default base model, whose preparation takes half a minute."""
+    """Fail a test that requests the default base model, whose preparation takes half a minute."""
     pytest.fail("A unit test asks for the default base model. Move the test to tests/integration.")

@@ -1,4 +1,4 @@
-"""`make test` says where the time went, and runs a few failed tests a second time."""
+"""`make test` reports the time of each folder, and runs a few failed tests a second time."""
 
 import os
 import subprocess

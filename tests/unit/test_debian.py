@@ -1,4 +1,4 @@
-"""Tests that need a program which cannot be had are skipped, and not in silence."""
+"""Tests that need a program which cannot be installed are skipped, with a warning."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The documentation holds together: links resolve, files that are mentioned exist, generated pages are up to date."""
+"""The documentation is consistent: links resolve, files that are mentioned exist, generated pages are up to date."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^(\|.*\|)\n\| *-", re.MULTILINE)
 DOCUMENT = re.compile(r"[\w./-]*[\w-]\.md\b")
 QUOTED_PATH = re.compile(r"`((?:lmaas|tests|docs|bench|loadtest|migrations|tenants|docker|deploy|examples|requirements)/[\w./*-]+)`")
-#: What commands write, and what users may add.
+#: Files that commands write, and files that users may add.
 WRITTEN = frozenset({"bench/results.json", "loadtest/report.html", "tenants/models/", "tenants/models/*.yaml"})
 MODULE = re.compile(r"[\w/]+\.(?:py|lua)\b")
 
@@ -51,7 +51,7 @@ def anchors(text: str) -> set[str]:
 
 
 def name(path: Path) -> str:
-    """Return a path as it is shown in a failure."""
+    """Return a path as failures show it."""
     return str(path.relative_to(ROOT))
 
 
@@ -97,7 +97,7 @@ def test_every_document_that_is_mentioned_exists() -> None:
 
 
 def test_every_path_in_a_page_exists() -> None:
-    """Except in the changelog, which tells of what was."""
+    """The changelog is left out, because it mentions files of the past."""
     missing = {
         f"{name(page)}: {path}"
         for page in pages()
@@ -149,7 +149,7 @@ def test_every_page_is_in_its_index(folder: str) -> None:
 
 
 def test_every_column_of_a_table_has_a_heading() -> None:
-    """Except the first, whose cells may be headings of the rows."""
+    """The first column is left out, because its cells may be headings of the rows."""
     without = {
         f"{name(page)}: {row}"
         for page in pages()

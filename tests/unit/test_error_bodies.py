@@ -30,7 +30,7 @@ from tests.support.anthropic_stream import check_error
 
 
 class Late(LmaasError):
-    """An error that the service does not have yet."""
+    """An error kind that the service does not have yet."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
 

@@ -1,4 +1,4 @@
-"""What all parts share of HTTP: strict JSON, keys, limits, compressed bodies, errors in one shape."""
+"""The common parts of HTTP: strict JSON, keys, limits, compressed bodies, errors in one shape."""
 
 import contextlib
 import gzip

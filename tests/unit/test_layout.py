@@ -1,4 +1,4 @@
-"""The tiers of the tests stay apart, and the README of the tests names what exists."""
+"""The tiers of the tests stay separate, and the README of the tests names only existing files."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 TIERS = ("unit", "integration", "system")
-#: Which parts of `tests` a part may import.
+#: The parts of `tests` that each part may import.
 MAY_IMPORT = {
     "support": {"support"},
     "unit": {"support", "unit"},

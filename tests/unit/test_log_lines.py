@@ -1,4 +1,4 @@
-"""Lines of a log are written in groups, and a reader that is slow delays nothing."""
+"""Lines of a log are written in groups, and a slow reader delays no request."""
 
 import asyncio
 import os

@@ -14,7 +14,7 @@ ModelFile = Annotated[bytes, Meta(extra_json_schema={"contentMediaType": "applic
 
 
 class AdapterQuery(Paging, frozen=True, kw_only=True):
-    """Which adapters are listed."""
+    """The adapters that are listed."""
 
     search: Annotated[str, Meta(max_length=63, description="Adapters whose names contain this text.")] | None = None
 
@@ -81,7 +81,7 @@ class AdapterCheck(Shape, frozen=True, kw_only=True):
 
 
 class CheckedAdapter(Shape, tag_field="object", tag="adapter_check", frozen=True, kw_only=True):
-    """What an upload would store."""
+    """The version that an upload would store."""
 
     content_hash: str
     rank: int
@@ -90,7 +90,7 @@ class CheckedAdapter(Shape, tag_field="object", tag="adapter_check", frozen=True
 
 
 class Activation(Shape, frozen=True, kw_only=True):
-    """Which version goes live; an older one is a rollback."""
+    """The version that becomes live; an older one is a rollback."""
 
     version: int
 

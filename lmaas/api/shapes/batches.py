@@ -7,7 +7,7 @@ from msgspec import Meta
 from lmaas.api.shapes.common import MAX_PAGE, Paging, Query, Shape
 from lmaas.api.shapes.responses import Metadata
 
-#: How long result files may be kept, in seconds.
+#: The bounds of the time for which result files are kept, in seconds.
 MIN_KEPT_S, MAX_KEPT_S = 3_600, 2_592_000
 MAX_ID = 200
 
@@ -20,13 +20,13 @@ Window = Annotated[Literal["24h"], Meta(description="The time in which the batch
 
 
 class BatchPaging(Paging, frozen=True, kw_only=True):
-    """Which part of a list of batches is asked for."""
+    """The requested part of a list of batches."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Batches of this page, at most.")] = 20
 
 
 class OutputExpiry(Shape, frozen=True, kw_only=True):
-    """How long the result files are kept, from their creation."""
+    """The time for which the result files are kept, from their creation."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Meta(ge=MIN_KEPT_S, le=MAX_KEPT_S)]
@@ -66,13 +66,13 @@ class BatchCounts(Shape, frozen=True, kw_only=True):
 
 
 class BatchInputTokens(Shape, frozen=True, kw_only=True):
-    """What kind of input tokens there were."""
+    """The input tokens by kind."""
 
     cached_tokens: int
 
 
 class BatchOutputTokens(Shape, frozen=True, kw_only=True):
-    """What kind of output tokens there were. Reasoning is not counted apart."""
+    """The output tokens by kind. Reasoning is not counted separately."""
 
     reasoning_tokens: int
 
@@ -113,7 +113,7 @@ class Batch(Shape, tag_field="object", tag="batch", frozen=True, kw_only=True):
 
 
 class MessageBatchPaging(Query, frozen=True, kw_only=True):
-    """Which part of a list of message batches is asked for. The list begins with the newest."""
+    """The requested part of a list of message batches. The list begins with the newest."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Batches of this page, at most.")] = 20
     after_id: Annotated[str, Meta(max_length=MAX_ID, description="The page begins after this batch.")] | None = None
@@ -167,7 +167,7 @@ class MessageBatches(Shape, frozen=True, kw_only=True):
 
 
 class DeletedMessageBatch(Shape, tag_field="type", tag="message_batch_deleted", frozen=True, kw_only=True):
-    """A message batch that is gone with its results."""
+    """A message batch that was deleted with its results."""
 
     id: str
 

@@ -1,4 +1,4 @@
-"""What the shapes share: their base, lists in pages, names and limits."""
+"""The common parts of the shapes: their base, lists in pages, names and limits."""
 
 from datetime import date
 from typing import Annotated, Generic, TypeVar
@@ -30,7 +30,7 @@ class DryRun(Query, frozen=True, kw_only=True):
 
 
 class Paging(Query, frozen=True, kw_only=True):
-    """Which part of a list is asked for."""
+    """The requested part of a list."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Items of this page, at most.")] = 100
     after: Annotated[str, Meta(max_length=200, description="The id of an item: the page begins after it.")] | None = None
@@ -45,7 +45,7 @@ class Page(Shape, Generic[Item], tag_field="object", tag="list", frozen=True, kw
     has_more: bool
 
 
-#: What ends a pattern: in Python, `$` alone also matches before a line's end.
+#: The end of a pattern: in Python, `$` alone also matches before a line's end.
 END = "$(?!\\n)"
 
 

@@ -49,7 +49,7 @@ class FileUpload(Shape, frozen=True, kw_only=True):
 
 
 class FileQuery(Paging, frozen=True, kw_only=True):
-    """Which files are listed."""
+    """The files that are listed."""
 
     purpose: Annotated[AnyPurpose, Meta(description="Files of this purpose alone.")] | None = None
     limit: Annotated[int, Meta(ge=1, le=MAX_FILES_PAGE, description="Files of this page, at most.")] = MAX_FILES_PAGE
@@ -57,7 +57,7 @@ class FileQuery(Paging, frozen=True, kw_only=True):
 
 
 class DeletedFile(Shape, tag_field="object", tag="file", frozen=True, kw_only=True):
-    """A file that is gone."""
+    """A deleted file."""
 
     id: str
     deleted: bool

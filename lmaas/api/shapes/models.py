@@ -58,7 +58,7 @@ class NewBaseModel(BaseModelChange, frozen=True, kw_only=True):
 
 
 class KeepWarm(Shape, frozen=True, kw_only=True):
-    """How long an idle pool keeps an engine, in seconds since its last request, and what that costs."""
+    """The time for which an idle pool keeps an engine, in seconds since its last request, and its cost."""
 
     until_s: float | None
     again_from_s: float | None
@@ -148,7 +148,7 @@ class DeletedBaseModel(Shape, tag_field="object", tag="base_model.deleted", froz
 
 
 class Start(Shape, frozen=True, kw_only=True):
-    """Where the time of a replica's start went, in ms. `adapter_ms` runs beside `first_token_ms`. Other releases may record fewer."""
+    """The time of a replica's start by stage, in ms. `adapter_ms` runs beside `first_token_ms`. Other releases may record fewer."""
 
     by: Literal["zygote", "plain"]
     spawn_ms: int | UnsetType = UNSET
@@ -185,6 +185,6 @@ class StoppingReplica(Shape, tag_field="object", tag="replica", frozen=True, kw_
 
 
 class ReplicaQuery(Paging, frozen=True, kw_only=True):
-    """Which replicas are asked for."""
+    """The requested replicas."""
 
     ended: Annotated[bool, Meta(description="Also those that have ended.")] = False

@@ -27,7 +27,7 @@ class ResponseItem(Struct, frozen=True, kw_only=True):
 
 
 class ResponseQuery(Query, frozen=True, kw_only=True):
-    """How a response is asked for."""
+    """The form in which a response is requested."""
 
     stream: Annotated[bool, Meta(description="Whether to stream the events of a response in the background that was created so.")] = False
     starting_after: (
@@ -36,7 +36,7 @@ class ResponseQuery(Query, frozen=True, kw_only=True):
 
 
 class ItemPaging(Query, frozen=True, kw_only=True):
-    """Which part of a list of items is asked for."""
+    """The requested part of a list of items."""
 
     limit: Annotated[int, Meta(ge=1, le=100, description="Items of this page, at most.")] = 20
     after: Annotated[str, Meta(max_length=200, description="The id of an item: the page begins after it.")] | None = None
@@ -44,7 +44,7 @@ class ItemPaging(Query, frozen=True, kw_only=True):
 
 
 class DeletedResponse(Shape, tag_field="object", tag="response", frozen=True, kw_only=True):
-    """A response that is gone."""
+    """A deleted response."""
 
     id: str
     deleted: bool
@@ -78,7 +78,7 @@ class Conversation(Shape, tag_field="object", tag="conversation", frozen=True, k
 
 
 class DeletedConversation(Shape, tag_field="object", tag="conversation.deleted", frozen=True, kw_only=True):
-    """A conversation that is gone with its items."""
+    """A conversation that was deleted with its items."""
 
     id: str
     deleted: bool

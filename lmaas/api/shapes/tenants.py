@@ -65,7 +65,7 @@ class DeletedTenant(Shape, tag_field="object", tag="tenant.deleted", frozen=True
 
 
 class Key(Limits, tag_field="object", tag="key", frozen=True, kw_only=True):
-    """An API key without its secret. `prefix` is the secret's beginning, by which people tell keys apart."""
+    """An API key without its secret. `prefix` is the secret's beginning, by which people distinguish keys."""
 
     id: str
     role: Role

@@ -46,7 +46,7 @@ class ReportQuery(Paging, frozen=True, kw_only=True):
 
 
 class UsageQuery(ReportQuery, frozen=True, kw_only=True):
-    """What a usage report is about, and how its lines are grouped."""
+    """The subject of a usage report, and the grouping of its lines."""
 
     after: Annotated[str, Meta(max_length=2000, description="The `last_id` of a page of this report: the page begins after it.")] | None = (
         None
@@ -57,8 +57,8 @@ class UsageQuery(ReportQuery, frozen=True, kw_only=True):
 
 
 class OperatorUsageQuery(UsageQuery, frozen=True, kw_only=True):
-    """What a usage report is about, whose usage it is, and how its lines are grouped. With `adapter`, they are grouped by `tenant` as
-    well, because an adapter is named within its tenant."""
+    """The subject of a usage report, its tenant, and the grouping of its lines. With `adapter`, they are grouped by `tenant` as well,
+    because an adapter is named within its tenant."""
 
     tenant: Owner | None = None
     by: Annotated[
@@ -67,14 +67,14 @@ class OperatorUsageQuery(UsageQuery, frozen=True, kw_only=True):
 
 
 class EventQuery(ReportQuery, frozen=True, kw_only=True):
-    """Which events of the ledger are asked for."""
+    """The requested events of the ledger."""
 
     status: UsageStatus | None = None
     request_id: Annotated[str, Meta(max_length=200)] | None = None
 
 
 class OperatorEventQuery(EventQuery, frozen=True, kw_only=True):
-    """Which events of the ledger are asked for, and whose."""
+    """The requested events of the ledger, and their tenant."""
 
     tenant: Owner | None = None
 
@@ -130,7 +130,7 @@ class OperatorUsage(Usage, tag_field="object", tag="usage", frozen=True, kw_only
 
 
 class UsageEvent(Shape, tag_field="object", tag="usage_event", frozen=True, kw_only=True):
-    """How one request ended and what it used. `model` is the name that was requested, `adapter` the adapter's name without a version. Times
+    """The end of one request and its usage. `model` is the name that was requested, `adapter` the adapter's name without a version. Times
     are in ms, the charge in picodollars (10⁻¹² $)."""
 
     request_id: str
@@ -203,7 +203,7 @@ class CogsTotal(Shape, frozen=True, kw_only=True):
 
 
 class CogsLine(CogsTotal, frozen=True, kw_only=True):
-    """One line: who it is, as far as it was asked for. Time that no tenant used has the tenant null."""
+    """One line with the requested groups. Time that no tenant used has the tenant null."""
 
     day: date | UnsetType = UNSET
     month: str | UnsetType = UNSET

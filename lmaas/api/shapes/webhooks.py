@@ -71,7 +71,7 @@ class WebhookChange(Shape, frozen=True, kw_only=True):
 
 
 class SecretRotation(Shape, frozen=True, kw_only=True):
-    """How to replace a secret."""
+    """The replacement of a secret."""
 
     overlap_s: Annotated[
         int, Meta(ge=0, le=_MAX_SECONDS, description="Seconds for which events are signed with the earlier secret too.")
@@ -102,6 +102,6 @@ class Delivery(Shape, tag_field="object", tag="webhook.delivery", frozen=True, k
 
 
 class DeliveryQuery(Paging, frozen=True, kw_only=True):
-    """Which deliveries are asked for."""
+    """The requested deliveries."""
 
     state: Annotated[State, Meta(description="Only those in this state.")] | None = None

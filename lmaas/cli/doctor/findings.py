@@ -1,4 +1,4 @@
-"""What the checks find. The judgements are pure: facts in, a finding out."""
+"""Findings of the checks. The judgements are pure: facts in, a finding out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ MIB, GIB = 1024**2, 1024**3
 #: With less free space than this, servers fail to write; with less than the second, they soon may.
 FULL_BYTES, LOW_BYTES = 64 * MIB, 5 * GIB
 FEW_INODES = 1000
-#: What an engine of the default model takes in memory besides its KV cache, and what is needed for the other processes.
+#: The memory that an engine of the default model takes besides its KV cache, and the memory that the other processes need.
 ENGINE_BYTES, PROCESSES_BYTES = 1536 * MIB, 512 * MIB
 FEWEST_FILES = 1024
 #: The difference between two clocks that is normal, and the one from which times in reports and limits are wrong.
@@ -17,7 +17,7 @@ MOST_NAMES = 5
 
 
 class Level(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     OK = "ok"
     #: It works, but less well, or not for long.
@@ -28,7 +28,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found: a sentence, and unless all is well, what to do."""
+    """The result of one check: a sentence, and unless all is well, a remedy."""
 
     level: Level
     check: str

@@ -194,7 +194,7 @@ def check_files(settings: Settings) -> Finding:
 
 
 def check_shared_memory() -> Finding:
-    """Check the shared memory, through which the processes of an engine talk."""
+    """Check the shared memory, through which the processes of an engine communicate."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:

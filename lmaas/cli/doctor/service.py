@@ -55,7 +55,7 @@ def check_credentials(settings: Settings, *, is_running: bool) -> Iterator[Findi
 
 
 def check_service(context: Context, *, is_running: bool) -> Iterator[Finding]:
-    """Check that the service answers, is ready, knows the key, and has the same time."""
+    """Check that the service responds, is ready, knows the key, and has the same time."""
     import httpx
 
     if not context.settings.url and not is_running:
@@ -111,7 +111,7 @@ def _clock(address: str) -> Finding:
 
 
 def check_database(settings: Settings) -> Iterator[Finding]:
-    """Check the Postgres server of the settings: whether it answers, its release, schema and clock."""
+    """Check the Postgres server of the settings: its response, release, schema and clock."""
     import psycopg
 
     if settings.database_url is None:

@@ -16,7 +16,7 @@ from lmaas.errors import ApiError
 LIST, NEW = "/batches", "/new-batch"
 PAGE_SIZE = 20
 FILES_OFFERED = 100
-#: How much of an error file is read, and how many of its lines a page shows.
+#: The part of an error file that is read, and the number of its lines that a page shows.
 SHOWN_BYTES, SHOWN_LINES = 512 * 1024, 100
 ENDPOINTS: tuple[str, ...] = get_args(get_args(Endpoint)[0])
 #: Statuses in the colours of badges. Those that are not listed here have ended without success.

@@ -15,7 +15,7 @@ from lmaas.errors import ApiError
 LIST = "/fleet"
 PAGE_SIZE = 50
 MAX_REPLICAS = 1000
-#: How many of the newest replicas of all pools are read, of which those that have ended are shown.
+#: The number of the newest replicas of all pools that are read. Those of them that have ended are shown.
 ENDED_READ = 100
 BOUNDS = ("min_replicas", "max_replicas", "idle_timeout_s")
 #: The stages of a start in their order, in words. The adapter's runs beside the first token.

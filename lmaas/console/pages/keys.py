@@ -36,7 +36,7 @@ _FIELDS = ("name", "role", "expires_in_s", *(name for name, _ in LIMITS))
 
 
 def _of_operators(visit: Visit) -> bool:
-    """Whether the page is about the operators' own keys."""
+    """Return whether the page is about the operators' own keys."""
     return visit.person.is_operator and visit.tenant is None
 
 

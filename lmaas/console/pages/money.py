@@ -32,8 +32,8 @@ def _query(visit: Visit) -> dict[str, str]:
 
 
 async def show(visit: Visit) -> Response:
-    """Show costs, charges and margins of a period. The report takes seconds for many tenants and adapters, so the page comes first and asks
-    for it (`whole`)."""
+    """Show costs, charges and margins of a period. The report takes seconds for many tenants and adapters, so the page comes first and then
+    requests it (`whole`)."""
     query = _query(visit)
     shown = command(visit, "cogs", *(word for name in ("since", "until", "by") if query[name] for word in (f"--{name}", query[name])))
     frame: dict[str, Any] = {"query": query, "groups": GROUPS, "command": shown}

@@ -62,7 +62,7 @@ async def show(visit: Visit) -> Response:
 
 
 async def show_running(visit: Visit) -> Response:
-    """Show the part of the page about what runs, which htmx asks for again and again."""
+    """Show the part of the page about running work, which htmx polls."""
     found = await visit.api.read_all(**_running(visit))
     return visit.render("overview_running.html", open_states=OPEN, **found)
 

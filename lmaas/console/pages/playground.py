@@ -159,7 +159,7 @@ async def _page(
 
 
 def _asked(typed: dict[str, str], *, complete: bool = True) -> Asked:
-    """Return what the form asks for. Raises InvalidRequest with the name of the field."""
+    """Return the values of the form. Raises InvalidRequest with the name of the field."""
     if complete:
         for name, words in (("model", "Choose a model."), ("message", "Write a message.")):
             if not typed.get(name, "").strip():

@@ -22,7 +22,7 @@ _EVENT_FILTERS = (*_FILTERS, "status", "request_id")
 
 
 def _report_query(visit: Visit) -> dict[str, Any]:
-    """Return the query of the report that the address asks for."""
+    """Return the query of the report for an address."""
     groups = OPERATORS_GROUPS if visit.person.is_operator else GROUPS
     asked = visit.query.get("by", "")
     by = asked if asked in {name for name, _ in groups} else groups[0][0]
@@ -30,7 +30,7 @@ def _report_query(visit: Visit) -> dict[str, Any]:
 
 
 def _event_query(visit: Visit) -> dict[str, Any]:
-    """Return the query of the requests that the address asks for. One request is found on any day."""
+    """Return the query of the requests for an address. One request is found on any day."""
     given = {name: visit.query.get(name, "").strip() for name in _EVENT_FILTERS}
     anywhen = given["request_id"] and "since" not in visit.query
     days = {"since": "", "until": ""} if anywhen else period(visit)

@@ -51,7 +51,7 @@ def _activate_adapter(original: Callable[..., bool], manager: Any, lora_id: int)
 
 
 def prompt_logprobs(original: Callable[..., Any], runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> Any:
-    """Tell the wrapper which rows the logits of a prompt belong to.
+    """Give the wrapper the rows to which the logits of a prompt belong.
 
     vLLM computes the logits of a prompt's tokens one request at a time, without passing the request. The LoRA layer of the logits would
     take them for the step's sampled rows. They are a view of the whole step's hidden states, and the offset of the view gives the rows.

@@ -42,7 +42,7 @@ class StackedLoRA:
         none."""
         parts = [lora_b] if lora_b is None or isinstance(lora_b, torch.Tensor) else list(lora_b)
         ranks = [0 if part is None else part.shape[-1] for part in parts]
-        # Where vLLM splits one B over several projections, they share its rank.
+        # If vLLM splits one B over several projections, they share its rank.
         self.rank[:, slot] = ranks if len(ranks) == len(self.b) else max(ranks)
         np.minimum(self.rank[:, slot], [bi.shape[3] for bi in self.b], out=self.rank[:, slot])
         self.highest_rank = int(self.rank.max())

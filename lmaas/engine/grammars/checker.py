@@ -54,7 +54,7 @@ AT_ONCE = 2
 BACKLOG = 256
 #: The time that a client may take to send its question.
 QUESTION_S = 5.0
-#: Does what a client asks for.
+#: Runs the check that a client requests.
 Answer = Callable[[Question | Prompt], Verdict | Tokens]
 #: The scheduling priority of a checker, below that of engines that serve.
 NICENESS = 10
@@ -120,7 +120,7 @@ class Checker:
                 check.client.sendall(encode(verdict))
 
     def _reply(self, client: socket.socket, parent: int) -> None:
-        """Read the question in the child process, answer it within the limits, send the answer, and exit."""
+        """Read the question in the child process, compute the answer within the limits, send it, and exit."""
         try:
             die_with_parent(parent)
             self._listener.close()
@@ -143,7 +143,7 @@ def _died(code: int, check: Check, cpu_s: float) -> Verdict:
     if check.stopped:
         return Verdict(UNKNOWN, "Its check took too long on this machine.", cpu_s=cpu_s)
     if code == 1 or -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        # Killed from outside, for example because the machine is out of memory. This says nothing about the grammar.
+        # Killed from outside, for example because the machine is out of memory. This is not a verdict about the grammar.
         return Verdict(UNKNOWN, "It could not be checked.", cpu_s=cpu_s)
     if code in (-signal.SIGPROF, -signal.SIGXCPU):
         return Verdict(TOO_COMPLEX, f"Compiling this request's grammar takes more than {CPU_S:g} s. {ADVICE}", cpu_s=cpu_s)

@@ -102,7 +102,7 @@ class Checkers:
         told = await self._ask(spec, prompt)
         if isinstance(told, Tokens):
             return told
-        # The process that read the prompt has died. A verdict without a code of the prompt's own says nothing about it.
+        # The process that read the prompt has died. A verdict without a code of the prompt's own does not judge the prompt.
         if told.code == TOO_COMPLEX:
             return Tokens(TOO_COMPLEX, TOO_LONG, cpu_s=told.cpu_s)
         if told.code == INVALID:
@@ -116,7 +116,7 @@ class Checkers:
             try:
                 told = await self._exchange(key, arguments, spec, asked)
             except (ConnectionError, msgspec.DecodeError):
-                # The checker has just ended, perhaps with this question in its queue. Ask the next one.
+                # The checker has just ended, perhaps with this question in its queue. Try the next one.
                 told = await self._exchange(key, arguments, spec, asked)
         except (OSError, msgspec.DecodeError) as error:
             if isinstance(error, TimeoutError):

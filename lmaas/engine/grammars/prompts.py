@@ -22,7 +22,8 @@ class Refused(Exception):
 
 
 class PromptReader:
-    """What an engine's server reads prompts with: the configuration of the model, the tokenizer, the chat template, the tool parser."""
+    """The parts with which an engine's server reads prompts: the configuration of the model, the tokenizer, the chat template, the tool
+    parser."""
 
     def __init__(self, arguments: list[str]) -> None:
         # Imported here, because the control plane reads the modules of this room without vLLM.
@@ -104,7 +105,7 @@ def _request_types(pooling: bool) -> tuple[Any, Any]:
 
     class Text(TokenizeCompletionRequest):  # type: ignore[misc, unused-ignore]
         def build_tok_params(self, model_config: Any) -> Any:
-            # As in a pooling engine's own types of requests.
+            # Same as in a pooling engine's own types of requests.
             lower = bool(pooling and (model_config.encoder_config or {}).get("do_lower_case", False))
             return replace(super().build_tok_params(model_config), do_lower_case=lower)
 

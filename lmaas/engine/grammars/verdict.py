@@ -52,7 +52,7 @@ class Prompt(msgspec.Struct, frozen=True, tag="prompt"):
     """A prompt whose tokens are wanted: the endpoint's path (`/v1/chat/completions`, `/v1/completions` with one text, or DETOKENIZE), and
     the parameters of the engine's request. DETOKENIZE takes `tokens`.
 
-    `ids` and `strings` say whether the tokens themselves are wanted beside their number.
+    `ids` and `strings` are whether the tokens themselves are wanted beside their number.
     """
 
     path: str
@@ -91,7 +91,7 @@ decode_verdict = msgspec.json.Decoder(Verdict).decode
 decode_question = msgspec.json.Decoder(Question).decode
 decode_prompt = msgspec.json.Decoder(Prompt).decode
 decode_tokens = msgspec.json.Decoder(Tokens).decode
-#: What a checker's process receives and sends. It sends a Verdict on a prompt if the prompt's reader has died.
+#: The messages that a checker's process receives and sends. It sends a Verdict on a prompt if the prompt's reader has died.
 decode_asked = msgspec.json.Decoder(Question | Prompt).decode
 decode_told = msgspec.json.Decoder(Verdict | Tokens).decode
 encode = msgspec.json.Encoder().encode

@@ -27,7 +27,7 @@ _STATE = "_lmaas_background"
 
 
 class GivingWay:
-    """What one scheduler remembers between its steps."""
+    """The state of one scheduler between its steps."""
 
     def __init__(self) -> None:
         #: The time (monotonic) at which an interactive request was seen last.

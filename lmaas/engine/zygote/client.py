@@ -28,7 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_P
 ROOM_FOR_NAMES = " " * 400
 #: The time for which a supervisor's start waits for a zygote. A plain start of a supervisor takes about a second.
 SUPERVISOR_FORK_TIMEOUT_S = 0.3
-#: The interval between checks of a zygote that does not answer.
+#: The interval between checks of a zygote that does not respond.
 POLL_S = 0.5
 
 

@@ -95,7 +95,7 @@ class ZygoteOwner:
         self._intend()
 
     def _answers(self) -> bool:
-        """Return whether the zygote answers or is about to end. A zygote with other facts is told to end."""
+        """Return whether the zygote responds or is about to end. A zygote with other facts is stopped."""
         with wire.channel() as connection:
             connection.settimeout(HELLO_S)
             try:

@@ -1,4 +1,4 @@
-"""Decides how to treat a zygote that does not answer: wait for it, start without it, or replace it. Pure functions of its observed state.
+"""Decides how to treat a zygote that does not respond: wait for it, start without it, or replace it. Pure functions of its observed state.
 
 A *plain* start imports vLLM three times, one after the other: in the server, in the engine core and in the worker. A zygote imports it
 once. A zygote that makes progress, however slowly, is therefore ready sooner than a plain start that begins now and takes half of the
@@ -7,7 +7,7 @@ processor time. Only a zygote without progress is given up. The elapsed time alo
 
 from lmaas.engine.zygote.progress import Sight
 
-#: A zygote that neither answers nor makes progress for this long has stalled.
+#: A zygote that neither responds nor makes progress for this long has stalled.
 STILL_S = 15.0
 #: A zygote that uses this much processor time without answering or finishing a stage is in an endless loop. The limit is higher if imports
 #: usually take long.
@@ -20,7 +20,7 @@ REPLACED_S = 8.0
 
 
 def stuck(seen: Sight, grace_s: float = 0.0) -> str:
-    """Return the reason why a zygote that does not answer has to be replaced, or an empty string if it makes progress. `grace_s` extends
+    """Return the reason why a zygote that does not respond has to be replaced, or an empty string if it makes progress. `grace_s` extends
     the limits."""
     if seen.still_s > STILL_S + grace_s:
         return f"it has made no progress for {seen.still_s:.0f} s"

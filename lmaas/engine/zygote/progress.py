@@ -22,7 +22,7 @@ PLAIN = "plain"
 #: The number of imports that are remembered, and the assumed processor time of an import, in seconds, if none is.
 REMEMBERED, FIRST_IMPORT_S = 5, 10.0
 #: The share of a processor is computed as if the process had used a whole processor for this long before it started. The first measurements
-#: alone would say little about its share.
+#: alone are too short for an estimate.
 PRIOR_S = 1.0
 
 
@@ -50,7 +50,7 @@ class Sight:
 
     @property
     def serves(self) -> bool:
-        """True if the zygote has imported everything and should answer."""
+        """True if the zygote has imported everything and should respond."""
         return self.pid != 0 and 0 < self.stages <= self.done
 
     @property

@@ -41,7 +41,7 @@ class MessageStream(Answer):
         #: The kind of the open block, if one is open, and the number of blocks before it.
         self._open: str | None = None
         self._blocks = 0
-        #: What has arrived for the open block and is not written yet.
+        #: Pieces that have arrived for the open block and are not written yet.
         self._pieces: list[str] = []
         #: Text that waits: white space before a block that may turn out to be no text, or text that came within a tool call.
         self._held: list[str] = []
@@ -51,7 +51,7 @@ class MessageStream(Answer):
         self._call = -1
         self._calls = 0
         self._arguments: list[str] = []
-        #: Whether those are an object, as far as their first character tells; None before it has come.
+        #: True if those are an object, as far as their first character shows it; None before it has arrived.
         self._is_object: bool | None = None
         self._finish: str | None = None
         self._stop: int | str | None = None

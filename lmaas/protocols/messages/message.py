@@ -13,7 +13,7 @@ SERVICE_TIER = "standard"
 
 
 def message_id(request_id: str) -> str:
-    """Return the id of the message that answers a request."""
+    """Return the id of the message for a request."""
     return "msg_" + request_id.removeprefix(_PREFIX)
 
 
@@ -49,7 +49,7 @@ def stop_of(
 ) -> tuple[str, str | None]:
     """Return Anthropic's `stop_reason` and `stop_sequence` for the engine's reasons.
 
-    `tokens` is the length of the answer, `called` whether it has a tool call, `cut` whether the last call's arguments are incomplete.
+    `tokens` is the length of the answer, `called` is whether it has a tool call, `cut` is whether the last call's arguments are incomplete.
     """
     if finish_reason == "length":
         return ("max_tokens" if tokens >= max_tokens else "model_context_window_exceeded"), None

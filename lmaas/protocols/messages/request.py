@@ -42,9 +42,9 @@ _SWITCHES = ("enable_thinking", "thinking")
 class MessagesRequest(EngineRequest):
     """A checked request. `parameters` are those of a chat."""
 
-    #: Whether the client wants to see what the model thinks.
+    #: True if the client wants to see the model's thoughts.
     shows_thinking: bool
-    #: The limit that the client asked for, 0 for a request that only counts tokens.
+    #: The client's limit, 0 for a request that only counts tokens.
     max_tokens: int
 
     def check(self, model: BaseModel) -> None:

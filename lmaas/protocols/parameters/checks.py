@@ -181,7 +181,7 @@ def stream_options(name: str, value: Any) -> Any:
 
 
 def modalities(name: str, value: Any) -> Any:
-    """Read `modalities`, which may ask for text only."""
+    """Read `modalities`, whose only supported value is text."""
     if not isinstance(value, list) or any(item != "text" for item in value):
         raise unsupported(name, 'the models here produce text only, so it may only be ["text"]')
     return value

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-#: What xgrammar refuses in a regular expression: Unicode classes, word boundaries, references to groups, and groups of rarer kinds.
+#: Parts of a regular expression that xgrammar refuses: Unicode classes, word boundaries, references to groups, and groups of rarer kinds.
 _REFUSED_PATTERN = re.compile(r"(?<!\\)(?:\\\\)*(?:\\[pPbBk1-9]|\(\?(?![:=!]|P?<[A-Za-z_]|[a-z]+\)))")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 #: Keywords whose values are data, not schemas.

@@ -31,7 +31,7 @@ LEGACY_CHAT_NAMES: Mapping[str, str] = {**CHAT_NAMES, "tools": "functions", "too
 class TextRequest(EngineRequest):
     """A checked request to generate text. `parameters` has either `messages` or `prompt`.
 
-    `include_usage` and `continuous_usage` are what the client asked to see in a stream; the engine is always asked for usage.
+    `include_usage` and `continuous_usage` are the client's choices for a stream; the engine always sends usage.
     """
 
     include_usage: bool = False
@@ -39,7 +39,7 @@ class TextRequest(EngineRequest):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the prompt is a list of messages."""
+        """True if the prompt is a list of messages."""
         return "messages" in self.parameters
 
     @property
@@ -49,7 +49,7 @@ class TextRequest(EngineRequest):
 
     @property
     def legacy_functions(self) -> bool:
-        """Whether the client used the deprecated `functions`, and so expects `function_call` in the answer."""
+        """True if the client used the deprecated `functions`, and so expects `function_call` in the answer."""
         return self.names is LEGACY_CHAT_NAMES
 
     def estimate(self, max_model_len: int) -> tuple[int, int]:

@@ -40,9 +40,9 @@ class Treatment(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter: what happens to it, and its rule or the reason in words.
+    """One parameter: its treatment, and its rule or the reason in words.
 
-    `read` checks a value that is forwarded or accepted. A refused parameter may have `neutral` values, which ask for nothing and are
+    `read` checks a value that is forwarded or accepted. A refused parameter may have `neutral` values, which have no effect and are
     accepted. `code` is that of the refusal.
     """
 
@@ -71,12 +71,12 @@ class Table:
 
 
 def forwarded(name: str, rule: str, read: Reader) -> Parameter:
-    """Return the row of a parameter that has an effect. The rule says which values are allowed."""
+    """Return the row of a parameter that has an effect. The rule describes the allowed values."""
     return Parameter(name, Treatment.FORWARDED, rule, read)
 
 
 def accepted(name: str, rule: str, read: Reader = checks.anything) -> Parameter:
-    """Return the row of a parameter that has no effect. The rule says why ignoring it does not mislead."""
+    """Return the row of a parameter that has no effect. The rule gives the reason why ignoring it does not mislead."""
     return Parameter(name, Treatment.ACCEPTED, rule, read)
 
 

@@ -16,7 +16,7 @@ MAX_VALUES = 100_000
 FUNCTION_NAME = re.compile(r'[^\x00-\x1f"\\]{1,256}')
 _CHOICES = ("none", "auto", "required")
 _CHOICE_RULE = "'none', 'auto', 'required', a function that is among the tools, or 'allowed_tools'"
-#: What may decide a schema's type when `type` is missing.
+#: Keys that may decide a schema's type when `type` is missing.
 _TYPED_BY = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "if", "not")
 
 

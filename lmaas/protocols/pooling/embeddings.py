@@ -85,7 +85,7 @@ class _Embeddings(msgspec.Struct):
 
 
 _EMBEDDINGS = msgspec.json.Decoder(_Embeddings)
-#: What an engine writes for an input that it did not compute, because it is being stopped.
+#: The texts that an engine writes for an input that it did not compute, because it is being stopped.
 _MISSING = (b"[]", b'""')
 
 

@@ -146,10 +146,10 @@ def divide(sizes: Sequence[int], most_inputs: int, most_tokens: int) -> list[lis
 
 
 def settle_truncation(given: dict[str, Any]) -> None:
-    """Bring the parameters about truncation into the form that keeps a model's own special tokens, in place.
+    """Change the parameters about truncation, in place, so that they keep a model's own special tokens.
 
     With `truncation_side`, vLLM cuts the tokens of the whole text, and with them the special token at the end. Without it, the tokenizer
-    cuts the end of the text, which is what `right` asks for and what the model was trained with.
+    cuts the end of the text, which is the meaning of `right` and what the model was trained with.
     """
     if given.get("truncate_prompt_tokens") == 0:
         raise out_of_range("truncate_prompt_tokens", "-1, or at least 1")

@@ -13,7 +13,7 @@ from lmaas.protocols.responses.output import IN_PROGRESS, encode
 from lmaas.protocols.responses.request import ResponsesRequest
 from lmaas.protocols.responses.stream import OutputStream
 
-#: Why an answer was cut off, by the engine's reason for its end. With every other reason it is complete.
+#: The reason why an answer was cut off, by the engine's reason for its end. With every other reason it is complete.
 _CUT = {"length": b'{"reason":"max_output_tokens"}', "content_filter": b'{"reason":"content_filter"}'}
 #: Codes of errors that a response has as they are: those of OpenAI's responses, and two that only a response in the background can have.
 #: Every other error has the code of its kind.
@@ -31,7 +31,7 @@ def response_id(request_id: str) -> str:
 
 
 class ResponseAnswer(Answer):
-    """What streams and whole answers share: the response object."""
+    """The common parts of streams and whole answers: the response object."""
 
     def __init__(self, inference: Inference[ResponsesRequest]) -> None:
         self._inference, self._request = inference, inference.request

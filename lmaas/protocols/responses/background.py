@@ -11,12 +11,12 @@ from lmaas.protocols.responses.request import BackgroundRun, ResponsesRequest
 from lmaas.protocols.responses.stream import event
 from lmaas.states import BackgroundStatus
 
-#: What the object of a queued response has. No text of a client precedes it.
+#: Fields of the object of a queued response. No text of a client precedes them.
 _QUEUED = b'"status":"queued","completed_at":null,"error":null,'
 
 
 class _Head(msgspec.Struct):
-    """What is read of a response object."""
+    """The fields of a response object that are read."""
 
     created_at: int
     status: BackgroundStatus
@@ -43,7 +43,7 @@ def failure_event(number: int, response: bytes) -> bytes:
 
 
 def error_event(number: int, code: str, message: str) -> bytes:
-    """Return the event for what ends a stream that is not about the answer itself."""
+    """Return the event for an error that ends a stream and is not about the answer itself."""
     return event(b"error", number, b'"code":%b,"message":%b,"param":null' % (encode(code), encode(message)))
 
 
@@ -58,7 +58,7 @@ def status_of(body: bytes) -> BackgroundStatus:
 
 
 class BackgroundAnswer(StreamedResponse):
-    """The answer to a run. Those who run it decide what a failure means: it may be tried again."""
+    """The answer to a run. The job runner decides the meaning of a failure: the run may be tried again."""
 
     def __init__(self, inference: Inference[ResponsesRequest]) -> None:
         super().__init__(inference)

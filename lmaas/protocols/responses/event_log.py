@@ -24,7 +24,7 @@ MAX_STREAMS = 200
 #: The interval of comments in a stream without events. Proxies close connections that are silent for a minute.
 COMMENT_EVERY_S = 10.0
 COMMENT = b": waiting for the next event\n"
-#: How long a stream waits for a database that is away.
+#: The time for which a stream waits for a database that is away.
 PATIENCE_S = 30.0
 _END = b"\n\n"
 

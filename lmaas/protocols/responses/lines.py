@@ -1,4 +1,4 @@
-"""The protocol of responses that lines of batches ask for."""
+"""The protocol of responses in lines of batches."""
 
 from datetime import timedelta
 
@@ -22,7 +22,7 @@ class LineResponses(Responses):
         """Store nothing: the response is stored with the end of the line."""
 
     def turn(self, inference: Inference[ResponsesRequest]) -> NewTurn | None:
-        """Return what is to be stored of an answer that is complete. None if the line has asked not to store it."""
+        """Return the data to store for an answer that is complete. None if the line has turned storing off."""
         new = self.new_response(inference)
         if new is None:
             return None

@@ -126,7 +126,7 @@ class Message(_Spoken):
 
 
 class Reasoning(_Spoken):
-    """What the model thinks before it answers."""
+    """The thoughts of the model before it answers."""
 
     _piece_event, _text_event = b"response.reasoning_text.delta", b"response.reasoning_text.done"
 

@@ -13,7 +13,7 @@ from lmaas.protocols.responses.tools import read_tool_choice, read_tools
 
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512
 LOGPROBS = "message.output_text.logprobs"
-#: What else `include` may name: fields of items that the models here never make, and encrypted reasoning, which nothing here encrypts.
+#: Further values of `include`: fields of items that the models here never make, and encrypted reasoning, which nothing here encrypts.
 _WITHOUT_EFFECT = (
     "reasoning.encrypted_content",
     "file_search_call.results",

@@ -69,13 +69,13 @@ class Responses(Protocol[ResponsesRequest]):
         await self._turns.apart(lambda: request.expand(context, referred), is_large=parts > PARTS_IN_PLACE)
 
     async def keep(self, inference: Inference[ResponsesRequest]) -> None:
-        """Store the response, unless the client has asked not to."""
+        """Store the response, unless the client has turned storing off."""
         new = self.new_response(inference)
         if new is not None:
             await self._state.store(inference.tenant_id, new)
 
     def new_response(self, inference: Inference[ResponsesRequest]) -> NewResponse | None:
-        """Return the response to a request that has its answer. None if the client has asked not to store it."""
+        """Return the response to a request that has its answer. None if the client has turned storing off."""
         request, answer = inference.request, inference.answer
         if not request.store or not isinstance(answer, ResponseAnswer):
             return None

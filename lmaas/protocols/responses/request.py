@@ -56,7 +56,7 @@ NAMES: Mapping[str, str] = {name: name for name in (*AS_IN_CHAT, "tools", "tool_
 
 @dataclass(frozen=True, slots=True)
 class BackgroundRun:
-    """What a response in the background has from its creation, and the number of the first event of this run."""
+    """The data of a response in the background from its creation, and the number of the first event of this run."""
 
     response_id: str
     created_at: int
@@ -77,7 +77,7 @@ class ResponsesRequest(TextRequest):
     conversation_id: str | None
     store: bool
     wants_logprobs: bool
-    #: Whether old items may be left out of a prompt that is too long.
+    #: True if old items may be left out of a prompt that is too long.
     truncates: bool
     #: The engine's names of the custom tools.
     custom: frozenset[str]
@@ -137,9 +137,9 @@ class ResponsesRequest(TextRequest):
 
 
 def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesRequest:
-    """Read a `/v1/responses` request. Raises InvalidRequest with the field to blame.
+    """Read a `/v1/responses` request. Raises InvalidRequest with the wrong field.
 
-    Without `may_store` nothing will be stored, whatever the request says.
+    Without `may_store` nothing will be stored, whatever the request contains.
     """
     model = read_model(body)
     given = read_parameters(TABLE, body)
@@ -161,7 +161,7 @@ def read_response(body: dict[str, Any], *, may_store: bool = True) -> ResponsesR
     if tools.for_engine or "tool_choice" in given:
         parameters |= {"tools": tools.for_engine, "tool_choice": given.get("tool_choice")}
         tools_as_sent = settle_tools(parameters, legacy=False)
-    # As the client wrote it: for 0 the engine gets the smallest number that it takes.
+    # The client's own value: for 0 the engine gets the smallest number that it accepts.
     top_p = body["top_p"] if "top_p" in given else 1.0
     return ResponsesRequest(
         model=model,

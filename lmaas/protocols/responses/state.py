@@ -1,4 +1,4 @@
-"""What the protocol needs from the stored responses and conversations of tenants."""
+"""The stored responses and conversations of tenants, as the protocol needs them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -23,13 +23,13 @@ MAX_REFERENCES = 1000
 
 
 class _Output(msgspec.Struct):
-    """What is read of a response object."""
+    """The fields of a response object that are read."""
 
     output: msgspec.Raw
 
 
 class _Id(msgspec.Struct):
-    """What is read of an item to find it."""
+    """The field by which an item is found."""
 
     id: str
 

@@ -10,9 +10,9 @@ from lmaas.errors import OverLimit, Unavailable
 #: The requests of a tenant whose earlier items are read at a time, and those that wait for that. So one tenant cannot take all connections.
 AT_ONCE = 2
 MAX_WAITING = 64
-#: How long a request waits for its earlier items, its turn included.
+#: The time for which a request waits for its earlier items, its turn included.
 READ_S = 10.0
-#: What is worked on in a thread if it has more bytes or parts, because less costs less than the thread.
+#: Work with more bytes or parts runs in a thread. Less work costs less than the thread.
 BYTES_IN_PLACE = 64 * 1024
 PARTS_IN_PLACE = 500
 
@@ -37,8 +37,8 @@ class Turns:
     async def take(self, tenant_id: str, reading: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Read when it is the tenant's turn, and return the result.
 
-        Raises OverLimit if too many of the tenant's requests wait, and Unavailable if it takes too long. A reading that Postgres does not
-        answer cannot be ended: it goes on without the request, and the turn is over with it.
+        Raises OverLimit if too many of the tenant's requests wait, and Unavailable if it takes too long. A reading to which Postgres does
+        not respond cannot be ended: it continues without the request, and the turn is over with it.
         """
         tenant = self._tenants.setdefault(tenant_id, _Tenant())
         if tenant.waiting >= MAX_WAITING:

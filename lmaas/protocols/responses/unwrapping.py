@@ -6,7 +6,7 @@ import re
 from lmaas.protocols.responses.tools import INPUT
 
 _START = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
-#: What may still become the start. Longer text without it is something else.
+#: The maximum length of text that may still become the start. Longer text without it is something else.
 _MAX_START = 200
 #: Whole characters of a JSON string. The group has the last escape, or the plain characters after it. A \u without a number is no escape.
 _CHARACTERS = re.compile(r'([^"\\]+|\\u[0-9a-fA-F]{4}|\\u(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])|\\[^u])*', re.DOTALL)

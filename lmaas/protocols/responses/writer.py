@@ -42,13 +42,13 @@ class Turn:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes of memory."""
+        """Its size in memory."""
         return self.response.size_bytes + sum(item.size_bytes for item in self.items)
 
 
 @dataclass(slots=True)
 class _Queue:
-    """What waits of one tenant, in the order in which the responses ended."""
+    """The waiting responses of one tenant, in the order in which they ended."""
 
     turns: deque[Turn] = field(default_factory=deque)
     size_bytes: int = 0
@@ -56,7 +56,7 @@ class _Queue:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """What one tenant contributes to a transaction of several tenants."""
+    """The part of one tenant in a transaction of several tenants."""
 
     tenant_id: str
     responses: Sequence[Response]
@@ -82,7 +82,7 @@ class Writer:
         self._turns, self._closing = asyncio.Semaphore(AT_ONCE), asyncio.Event()
         #: Responses that wait for room, in the order in which they ended.
         self._without_room: deque[tuple[str, Turn]] = deque()
-        #: What waits for the next transaction.
+        #: The parts that wait for the next transaction.
         self._parts: dict[_Part, None] = {}
 
     async def store(self, tenant_id: str, turn: Turn) -> None:

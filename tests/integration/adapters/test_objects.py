@@ -53,7 +53,7 @@ async def test_what_is_not_there_is_not_half_there(files: AdapterFiles, tmp_path
 
 @pytest.mark.parametrize("left", [CONFIG_FILE, MODEL_FILE])
 async def test_half_a_content_is_stored_again(tmp_path: Path, left: str) -> None:
-    """As a deletion and an upload at the same time may leave it."""
+    """A content of which only one file is left is stored again. A simultaneous deletion and upload may leave it that way."""
     model = tmp_path / "model"
     model.write_bytes(b"weights")
     files, source = AdapterFiles(Objects((tmp_path / "store").as_uri())), source_of("ten_1", "aa")

@@ -1,4 +1,4 @@
-"""Uploads and deletions that meet, and deletions that fail: no files without a version are left, and no version without its files."""
+"""Simultaneous uploads and deletions, and deletions that fail: no files without a version are left, and no version without its files."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -22,7 +22,7 @@ Step = Callable[[], Awaitable[object]]
 
 
 class Files(AdapterFiles):
-    """A store that does something before one of its calls of `put`, or refuses to delete."""
+    """A store that runs a step before one of its calls of `put`, or refuses to delete."""
 
     def __init__(self, url: str) -> None:
         super().__init__(Objects(url))

@@ -1,4 +1,4 @@
-"""Uploads over HTTP: what becomes a version, and what is stored of it."""
+"""Uploads over HTTP: which of them become a version, and which files are stored."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ EMBEDDINGS = np.random.default_rng(1).normal(size=(32, 16)).astype(np.float32)
 
 
 def model_tensors() -> Tensors:
-    """The base model of tests.support.adapters, whose head is its embeddings."""
+    """The tensors of the base model of tests.support.adapters, whose head is its embeddings."""
     linears = {name: shape for name, shape in shapes().linears.items() if "layers" in name}
     content: Tensors = {f"{name}.weight": ("F32", np.ones(shape, np.float32)) for name, shape in linears.items()}
     return content | {"model.embed_tokens.weight": ("BF16", encode(EMBEDDINGS, "BF16"))}
@@ -64,7 +64,7 @@ async def upload(operator: httpx.AsyncClient, model: BaseModel, owner: Tenant) -
 
 
 def seen(answer: httpx.Response) -> tuple[int, int, int | None, int]:
-    """Status, version, live version and latest version."""
+    """Return status, version, live version and latest version."""
     body: dict[str, Any] = answer.json()
     assert answer.status_code < 300, answer.text
     return answer.status_code, body["version"], body["live_version"], body["latest_version"]
@@ -77,11 +77,11 @@ async def test_the_same_content_is_the_version_that_it_was(upload: Upload) -> No
     assert seen(await upload(second)) == (201, 2, 2, 2)
     assert seen(await upload(first, activate="false")) == (200, 1, 2, 2)
     assert seen(await upload(first)) == (200, 1, 1, 2)
-    # Where it was trained changes nothing of what it computes; alpha does.
+    # The base model's path and the dropout do not change what an adapter computes; alpha does.
     assert seen(await upload(first, config(base_model_name_or_path="elsewhere", lora_dropout=0.5))) == (200, 1, 1, 2)
     assert seen(await upload(first, config(lora_alpha=9))) == (201, 3, 3, 3)
     assert seen(await upload(first, name="another")) == (201, 1, 1, 1)
-    # Clients of older releases send it.
+    # Clients of older releases send this field.
     for said in ("true", "false"):
         assert seen(await upload(second, if_changed=said)) == (200, 2, 2, 3)
     assert (await upload(second, if_changed="maybe")).status_code == 400
@@ -98,7 +98,7 @@ async def test_copies_of_the_base_models_embeddings_are_not_stored(upload: Uploa
     content = tensors(leaves=["q_proj", "embed_tokens", "lm_head"])
     copies: Tensors = {
         f"{PREFIX}model.embed_tokens.base_layer.weight": ("BF16", encode(EMBEDDINGS, "BF16")),
-        # The head's, in a wider dtype.
+        # The weights of the head, in a wider dtype.
         f"{PREFIX}lm_head.base_layer.weight": ("F32", (encode(EMBEDDINGS, "BF16").astype(np.uint32) << 16).view(np.float32)),
     }
     for status in (201, 200):
@@ -141,7 +141,7 @@ async def test_adapters_are_found_by_a_part_of_their_name(upload: Upload, operat
     assert await found(search="bot") == (["acme-bot", "acme_bot", "bot-2"], False)
     first = (await operator.get(list_url, params={"search": "bot", "limit": 1})).json()
     assert await found(search="bot", limit=1, after=first["last_id"]) == (["acme_bot"], True)
-    # Characters with a meaning in patterns have none here.
+    # Characters that are special in patterns are not special here.
     assert await found(search="e_b") == (["acme_bot"], False)
     assert [await found(search=text) for text in ("%", "\\", "BOT", "nothing")] == [([], False)] * 4
     assert await found(search="") == (["acme-bot", "acme_bot", "bot-2", "cat"], False)

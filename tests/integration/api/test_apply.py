@@ -1,4 +1,4 @@
-"""`lmaas apply` through the real API: what it changes, what it leaves, and that an error changes nothing."""
+"""`lmaas apply` through the real API: its changes, the things that it leaves alone, and errors, which change nothing."""
 
 import asyncio
 import json
@@ -56,11 +56,11 @@ class Folder:
         return folder
 
     async def apply(self) -> list[Change]:
-        """Apply it. The gateway is in this loop, so the client must not be."""
+        """Apply the folder. The gateway runs in this event loop, so the client runs in a thread."""
         return await asyncio.to_thread(lambda: apply(read_folder(self.path), self._client))
 
     async def outcomes(self) -> dict[str, str]:
-        """Apply it; return what happened by name."""
+        """Apply the folder; return the outcomes by name."""
         return {change.name: str(change.outcome) for change in await self.apply()}
 
 
@@ -72,7 +72,7 @@ def client(stack: Stack, operator_key: str) -> Iterator[ApiClient]:
 
 @pytest.fixture
 def folder(client: ApiClient, tmp_path: Path) -> Folder:
-    """Manifests of the base model `tiny` and of nothing else; its weights exist."""
+    """Manifests of the base model `tiny` alone; its weights exist."""
     made = Folder(tmp_path / "manifests", client)
     made.path.mkdir()
     write_model(tmp_path / "tiny", {name: list(shape) for name, shape in base().linears.items() if "layers" in name})
@@ -87,7 +87,7 @@ def versions() -> list[bytes]:
 
 
 async def everything(stack: Stack) -> dict[str, list[Any]]:
-    """Every row that applying could change, and the audit log."""
+    """Return every row that applying could change, and the audit log."""
     async with stack.db.begin(SYSTEM) as connection:
         return {
             table: list(await connection.execute(text(f"SELECT * FROM {table} ORDER BY 1")))  # noqa: S608 (names of tables)
@@ -144,7 +144,7 @@ async def test_a_rollback_and_an_upload_by_the_tenant_stay(
     assert (await operator.post(f"{path}/bot/activate", json={"version": 1})).status_code == 200
     assert (await folder.outcomes())["acme/bot"] == "unchanged"
     assert await live() == (1, 2)
-    # A version and an adapter of the tenant's own.
+    # A version and an adapter that the tenant uploaded itself.
     await upload("bot", versions[2])
     await upload("own", versions[2])
     before = await everything(stack)
@@ -154,7 +154,7 @@ async def test_a_rollback_and_an_upload_by_the_tenant_stay(
     notes = [note for change in changes for note in change.notes]
     assert notes[0] == "Not in the manifest, left as they are: own."
     assert notes[1].startswith("Version 3 is live and stays so; the folder has the content of version 2.")
-    # A pin is the manifest's word.
+    # The manifest sets the pin.
     folder.write("acme.yaml", "name: acme\nadapters: [{name: bot, base_model: tiny, path: bot, version: 1}]\n")
     assert (await folder.outcomes())["acme/bot"] == "changed"
     assert await live() == (1, 3)
@@ -162,12 +162,12 @@ async def test_a_rollback_and_an_upload_by_the_tenant_stay(
     folder.write("acme.yaml", "name: acme\nadapters: [{name: bot, base_model: tiny, version: 3}]\n")
     assert (await folder.outcomes())["acme/bot"] == "changed"
     assert await live() == (3, 3)
-    # New content in the folder is a new version, and live.
+    # New content in the folder becomes a new version, which is live.
     folder.write("acme.yaml", "name: acme\n" + BOT)
     folder.adapter(pack(tensors(rank=2)), config(r=2))
     assert (await folder.outcomes())["acme/bot"] == "changed"
     assert await live() == (4, 4)
-    # An adapter that a manifest no longer has stays, and is served.
+    # An adapter that was removed from the manifest stays, and is served.
     folder.write("acme.yaml", "name: acme\n")
     [_, change] = await folder.apply()
     assert change.notes == ("Not in the manifest, left as they are: bot, own.",)
@@ -191,7 +191,7 @@ async def test_what_a_tenant_made_live_itself_is_not_replaced(
             shown = (await tenant.get("/v1/adapters/bot")).json()
             return shown["live_version"], shown["latest_version"], shown["activated_by"]
 
-        # Uploaded before a manifest named the adapter.
+        # The adapter was uploaded before a manifest named it.
         await upload(versions[0])
         folder.write("acme.yaml", "name: acme\n" + BOT)
         folder.adapter(versions[1])
@@ -200,12 +200,12 @@ async def test_what_a_tenant_made_live_itself_is_not_replaced(
         assert changes[-1].notes[0].startswith("Version 1 is live by the tenant's own choice and stays so")
         assert await live() == (1, 2, "tenant_admin")
         assert set((await folder.outcomes()).values()) == {"unchanged"}
-        # Deleted, and uploaded anew.
+        # Delete the adapter, and upload it again.
         assert (await tenant.delete("/v1/adapters/bot")).status_code == 200
         await upload(versions[2])
         await folder.apply()
         assert await live() == (1, 2, "tenant_admin")
-        # What an operator makes live is replaced by new content, until the tenant decides again.
+        # New content replaces a version that an operator has made live, until the tenant activates a version itself.
         assert (await operator.post(f"{TENANTS}/acme/adapters/bot/activate", json={"version": 2})).status_code == 200
         folder.adapter(*new)
         assert (await folder.outcomes())["acme/bot"] == "changed"
@@ -276,12 +276,12 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         ["acme.yaml: The tenant would have 1 adapters", "'limits.max_adapters' is 0"],
     ),
 }
-#: Once the adapter exists, lowering the limit is allowed, and the base model's rank and kind are refused in another way.
+#: Once the adapter exists, lowering the limit is allowed, and another check refuses the base model's rank and kind.
 FIRST_ONLY = {"too many adapters", "bad rank", "no adapters"}
 
 
 async def test_an_error_names_its_file_and_changes_nothing(stack: Stack, folder: Folder, versions: list[bytes]) -> None:
-    """Of a first application, in which nothing exists yet, and of a later one."""
+    """An error names its file and changes nothing, in a first application as in a later one."""
     originals = {"acme.yaml": "name: acme\n" + BOT, "models/tiny.yaml": "name: tiny\nsource: ../../tiny\n"}
 
     def restore() -> None:
@@ -395,14 +395,14 @@ async def test_only_operators_apply(stack: Stack, folder: Folder) -> None:
 
 
 class Failing(ApiClient):
-    """A client whose uploads end with the service."""
+    """A client whose uploads fail because the service has stopped."""
 
     def upload(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Fail as a gateway that is stopped."""
+        """Fail like a gateway that has stopped."""
         raise ApiError(503, "The adapter store cannot take the files now.", "object_store_unavailable", "req_1")
 
     def for_tenant(self, tenant: str) -> "Failing":
-        """Fail for every tenant."""
+        """Return this client for every tenant."""
         del tenant
         return self
 

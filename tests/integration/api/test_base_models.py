@@ -1,4 +1,4 @@
-"""Base models over HTTP, in manifests and in the CLI: registered, changed, shown with what their pools do, deleted."""
+"""Base models over HTTP, in manifests and in the CLI: registered, changed, shown with the state of their pools, deleted."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ async def test_a_base_model_lives_from_its_registration_to_its_end(stack: Stack,
     assert answer.status_code == 201, answer.text
     made = answer.json()
     assert {name: made[name] for name in asked} == asked
-    assert made["max_model_len"] == 512, "no longer than the model's own"
+    assert made["max_model_len"] == 512, "not longer than the model's own limit"
     assert made["id"].startswith("mod_")
     stored = await get_base_model(stack.db, "tiny")
     assert stored.linears == LINEARS
@@ -64,7 +64,7 @@ async def test_a_base_model_lives_from_its_registration_to_its_end(stack: Stack,
     assert (await operator.delete(f"{MODELS}/tiny")).json() == {"object": "base_model.deleted", "id": made["id"], "deleted": True}
     for call in (operator.get, operator.delete):
         assert (await call(f"{MODELS}/tiny")).json()["error"]["code"] == "base_model_not_found"
-    # Its name is free again, for another.
+    # The name can be used again for another model.
     again = await operator.post(MODELS, json=asked)
     assert again.status_code == 201
     assert again.json()["id"] != made["id"]
@@ -84,7 +84,7 @@ async def test_what_adapters_were_validated_against_does_not_change(
         assert "1 adapters" in answer.json()["error"]["message"]
     assert (await operator.delete(f"{MODELS}/tiny")).status_code == 409
     assert await get_base_model(stack.db, "tiny") == model
-    # The same values are no change, and others do not matter to adapters.
+    # The same values are not a change, and other settings do not affect adapters.
     assert (await operator.patch(f"{MODELS}/tiny", json={"source": str(folder), "dtype": model.dtype, "max_loras": 3})).status_code == 200
     await delete_adapter(stack.db, acme.id, "bot")
     await add_replica(stack.db, "rep_1", model.id)
@@ -122,7 +122,7 @@ async def test_a_base_model_has_a_kind_for_ever(stack: Stack, operator: httpx.As
         answer = await operator.patch(f"{MODELS}/{name}", json=change)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "kind_is_fixed", param), answer.text
-    # The same is no change, and files that say nothing contradict nothing.
+    # Sending the same value is not a change, and model files without a kind contradict no kind.
     unchanged: list[tuple[str, dict[str, Any]]] = [
         ("bert", {"kind": "embed"}),
         ("new-embeds", {"kind": None, "cpus": 2, "max_num_seqs": None}),
@@ -143,14 +143,14 @@ async def test_a_change_of_the_context_is_checked_as_well(operator: httpx.AsyncC
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_model_len"), answer.text
     for length in (512, 64):
         assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": length})).json()["max_model_len"] == length
-    # Less than before needs no look at the model.
+    # A shorter length is accepted without reading the model's files.
     (folder / "config.json").unlink()
     assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 32})).status_code == 200
     assert (await operator.patch(f"{MODELS}/tiny", json={"max_model_len": 33})).status_code == 400
 
 
 async def test_a_folder_is_named_as_one(operator: httpx.AsyncClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a hub id means does not depend on where a gateway was started."""
+    """The meaning of a hub id does not depend on the directory in which a gateway was started."""
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     answer = await operator.post(MODELS, json={"name": "a", "source": "tiny"})
@@ -204,7 +204,7 @@ async def test_it_is_shown_what_a_pool_does_and_why(stack: Stack, operator: http
     assert pool["failed_starts"]["count"] == 2
     assert pool["failed_starts"]["reason"] == "the engine ended with code 1: /secret/path"
     assert 0 < pool["failed_starts"]["next_try_s"] <= 10
-    # A start that succeeds forgives them.
+    # A start that succeeds resets the count of failed starts.
     await add_replica(stack.db, "rep_good", model.id)
     await observe(stack.db, "rep_good", Observed.READY, url="http://e")
     pool = (await operator.get(f"{MODELS}/tiny")).json()["pool"]
@@ -212,7 +212,7 @@ async def test_it_is_shown_what_a_pool_does_and_why(stack: Stack, operator: http
 
 
 async def lmaas(stack: Stack, key: str, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> tuple[int, str, str]:
-    """Run the CLI against the stack. It has no terminal, unless `stdin` is one."""
+    """Run the CLI against the stack. It has no terminal unless `stdin` is one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "lmaas", *arguments),

@@ -75,7 +75,7 @@ async def test_the_ledgers_charge_is_tokens_times_price(stack: Stack, operator: 
     async with stack.client(acme) as http:
         for _ in range(2):  # the second finds the prompt in the cache
             assert (await http.post(CHAT, json=asked("base"))).status_code == 200
-    # One client leaves, one engine breaks: both pay for what they had.
+    # One client disconnects and one engine fails: both tenants pay for the tokens that they received.
     left = Stream()
     leaving = asyncio.create_task(stack.stream(acme, CHAT, asked("base", 1500), left))
     await until(lambda: left.tokens > 3)
@@ -101,7 +101,7 @@ async def test_the_ledgers_charge_is_tokens_times_price(stack: Stack, operator: 
     assert line["charge_microusd"] == round(in_all / 10**6)
     assert "charge_picousd" not in line
     assert sum(event["charge_picousd"] for event in shown) == in_all
-    # A probe is nobody's.
+    # Probes belong to no tenant.
     (probe,) = [event for event in await stack.ledger(model) if event.status == UsageStatus.PROBE]
     assert probe.charge_picousd == 0
 
@@ -122,7 +122,7 @@ async def test_a_request_pays_the_prices_of_its_acceptance(stack: Stack, operato
 async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: Stack) -> None:
     model = await stack.model("base")
     acme = await stack.tenant()
-    # The largest prices: the event goes through the JSON of the scheduler's Lua.
+    # The largest prices: the event passes through JSON in the scheduler's Lua library.
     record = UsageRecord(
         "r", acme.id, None, "base", "base", None, None, stream=True, prompt_price=MAX_PRICE, cached_price=MAX_PRICE - 1, completion_price=7
     )
@@ -130,7 +130,7 @@ async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: 
     await stack.scheduler.submit(Ticket("r", model.id, acme.id, "gw_gone", "", "", 1, record.event()), Bounds(10, 10_000))
     await stack.scheduler.renew(model.id, [("r", TokenCounts(100, 20, 30))])
     await stack.redis.zadd(f"lmaas:{{{model.id}}}:expiry", {"r": 1})
-    await add_to_figure(stack.redis, model.id, "calm", -60_000)  # which says that no lease has expired
+    await add_to_figure(stack.redis, model.id, "calm", -60_000)  # makes the pool look as if no lease has expired
     await stack.scheduler.stats(model.id)
     (event,) = await stack.ledger(model, acme)
     assert (event.status, event.completion_tokens) == (UsageStatus.LOST, 30)
@@ -138,7 +138,7 @@ async def test_a_lost_gateways_request_is_charged_at_its_last_checkpoint(stack: 
 
 
 async def worked(stack: Stack, operator: httpx.AsyncClient) -> tuple[Tenant, Tenant]:
-    """Two tenants' requests and two engines, of which one had nothing to do; all over."""
+    """Two tenants' requests and two engines, one of which was idle; all of them have ended."""
     model = await priced(stack, operator)
     acme, globex = await stack.tenant(), await stack.tenant()
     await stack.adapter(acme, "bot", model)
@@ -169,7 +169,7 @@ async def test_cost_charge_and_margin_reconcile(stack: Stack, operator: httpx.As
     books = found["reconciliation"]
     assert books["engine_ms"] == books["allocated_ms"] + books["unallocated_ms"] == engine_ms > 0
     assert min(books.values()) > 0
-    # 1 $ a second is 1000 micro-dollars a millisecond.
+    # 1 $ per second is 1000 micro-dollars per millisecond.
     assert found["total"]["cost_microusd"] == engine_ms * 1000
     for by in ("day,tenant,adapter", "tenant", "day", "adapter", "tenant,day", "work", "day,tenant,work"):
         grouped = (await operator.get("/admin/v1/cogs", params={"by": by})).json()
@@ -230,7 +230,7 @@ async def test_background_work_and_waste_are_kept_apart(stack: Stack, operator: 
     assert (await operator.get("/admin/v1/usage", params={"tenant": acme.id})).json()["data"] == everything
     assert len((await operator.get("/admin/v1/usage/events")).json()["data"]) == 4
     found = (await operator.get("/admin/v1/cogs?by=work")).json()
-    # Background work ran for 6 s of slots: a quarter of them while the engine was busy.
+    # Background work ran for 6 s of slots, a quarter of it while the engine was busy.
     assert [(line["work"], line["engine_ms"], line["charge_microusd"]) for line in found["data"]] == [
         ("background", {"total": 3600, "starting": 0, "loading": 0, "busy": 600, "background": 3000, "idle": 0}, 2),
         ("interactive", {"total": 6400, "starting": 1000, "loading": 0, "busy": 400, "background": 0, "idle": 5000}, 4),
@@ -242,7 +242,7 @@ async def test_background_work_and_waste_are_kept_apart(stack: Stack, operator: 
 
 
 async def command(stack: Stack, key: str, *args: str) -> str:
-    """The output of a command of an operator."""
+    """Return the output of an operator's command."""
     variables = os.environ | {"LMAAS_URL": f"{stack.url}/v1", "LMAAS_API_KEY": key, "COLUMNS": "250"}
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "lmaas", *args, env=variables, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()

@@ -1,4 +1,4 @@
-"""Requests of the management API that meet others, and requests that are repeated after a failure."""
+"""Requests of the management API that run at the same time as others, and requests that are repeated after a failure."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -86,7 +86,7 @@ async def test_a_repeated_deletion_does_not_delete_the_next_tenant_of_the_name(
     assert (await operator.get(f"{TENANTS}/acme")).json()["id"] == other["id"]
     assert (await operator.delete(f"{TENANTS}/{made['id']}")).json()["id"] == made["id"]
     assert (await operator.delete(f"{TENANTS}/acme")).json()["id"] == other["id"]
-    # A deleted tenant without files does not matter.
+    # Deleted tenants without files do not make a name ambiguous.
     third = (await operator.post(TENANTS, json={"name": "acme"})).json()
     assert (await operator.delete(f"{TENANTS}/acme")).json()["id"] == third["id"]
 

@@ -1,4 +1,4 @@
-"""What `lmaas apply` asks of the API before it changes anything: dry runs, defaults by null, and the check of an adapter."""
+"""The parts of the API that `lmaas apply` uses before it changes anything: dry runs, defaults by null, and the check of an adapter."""
 
 import json
 from collections.abc import AsyncIterator
@@ -93,7 +93,7 @@ async def test_null_puts_defaults_back(operator: httpx.AsyncClient, tmp_path: Pa
     assert without(back.json(), "id", "name", "created_at") == without(usual, "id", "name", "created_at")
     made = (await operator.post(MODELS, json={"name": "nulls", "source": str(folder)} | dict.fromkeys(own))).json()
     assert without(made, "id", "name", "created_at") == without(usual, "id", "name", "created_at")
-    # The adapters in memory are never fewer than those of one batch.
+    # An engine keeps at least as many adapters in memory as one batch can use.
     many = (await operator.patch(f"{MODELS}/own", json={"max_loras": 100, "max_cpu_loras": None})).json()
     assert (many["max_loras"], many["max_cpu_loras"]) == (100, 100)
 

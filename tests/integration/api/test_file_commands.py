@@ -31,13 +31,13 @@ async def test_files(stack: Stack, operator_key: str, tmp_path: Path, monkeypatc
     file = json.loads(out)
     assert (file["purpose"], file["bytes"], file["filename"]) == ("batch", len(content), source.name)
     assert file["expires_at"] == file["created_at"] + 3600
-    # As people see it.
+    # The output for people, which is not JSON.
     for command in (("list",), ("show", file["id"])):
         code, out, _ = await lmaas(stack, key, "files", *command)
         assert code == 0
         assert all(text in out for text in (file["id"], source.name, str(len(content)), "batch"))
     assert json.loads((await lmaas(stack, key, "--json", "files", "list", "--purpose", "evals"))[1]) == []
-    # Under its own name, under another, to standard output, and never over another file.
+    # Download under the file's own name, under another name and to standard output, but never over another file.
     for target, path in ((), source.name), (("other.jsonl",), "other.jsonl"):
         code, out, _ = await lmaas(stack, key, "files", "download", file["id"], *target)
         assert (code, (copies / path).read_bytes() == content) == (0, True), out
@@ -59,7 +59,7 @@ async def test_files(stack: Stack, operator_key: str, tmp_path: Path, monkeypatc
 
 
 async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> None:
-    """With the key that `lmaas up` keeps for it."""
+    """The only tenant of a stack is found by the key that `lmaas up` keeps for it."""
     acme, home = await stack.tenant(), tmp_path / "home"
     home.mkdir()
     credentials: dict[str, Any] = {"base_url": f"{stack.url}/v1", "operator_key": "sk-none", "tenants": {"acme": {"api_key": acme.key}}}
@@ -79,7 +79,7 @@ async def test_a_tenant_of_this_stack_is_named(stack: Stack, tmp_path: Path) -> 
     assert await run("--json", "--tenant", "acme", "files", "list") == (0, "[]\n", "")
     code, _, err = await run("--tenant", "globex", "files", "list")
     assert (code, "has no key of the tenant 'globex'" in err) == (1, True)
-    # The only tenant of a stack need not be named; of several, one must be.
+    # A command needs no --tenant if the stack has only one tenant, and needs one if there are several.
     assert await run("--json", "files", "list") == (0, "[]\n", "")
     credentials["tenants"]["globex"] = {"api_key": "sk-lmaas-x"}
     (home / "credentials.json").write_text(json.dumps(credentials))

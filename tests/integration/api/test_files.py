@@ -1,4 +1,4 @@
-"""Files over HTTP: what clients may send, and that nothing is left of what is refused or broken off."""
+"""Files over HTTP: accepted and refused uploads. Refused and interrupted uploads leave nothing behind."""
 
 import asyncio
 import gzip
@@ -95,7 +95,7 @@ async def test_the_life_of_a_file(stack: Stack) -> None:
         assert (await http.delete(path)).json() == {"id": file["id"], "object": "file", "deleted": True}
         for answer in (await http.get(path), await http.get(f"{path}/content"), await http.delete(path)):
             assert error(answer) == (404, "file_not_found", "file_id")
-        # No id of a file at all.
+        # These are not ids of files.
         for address in (f"{FILES}/none", f"{FILES}/{'x' * 3000}", f"{FILES}/file-%FF", f"{FILES}/file-{'0' * 24}/content"):
             assert (await http.get(address)).status_code == 404
     assert await left(stack) == (2, 0, 2, 0)
@@ -177,7 +177,7 @@ async def test_one_byte_more_than_a_file_may_have_leaves_nothing(stack: Stack) -
         answer = await send(stack, acme, b"y" * 1_500_001, url=gateway.url)
         assert error(answer) == (413, "file_too_large", "file")
         assert answer.json()["error"]["message"] == "The file has more than 1,500,000 bytes, the maximum. Split it into several files."
-        # Announced, and not announced: a chunked body, and a compressed one.
+        # With a declared length, and without one: a chunked body, and a compressed one.
         boundary = {"content-type": "multipart/form-data; boundary=b"}
         start = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
         start += b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
@@ -228,7 +228,7 @@ def upload_head(tenant: Tenant, length: int) -> bytes:
 
 @asynccontextmanager
 async def connected(stack: Stack) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Provide a connection to the gateway, which is closed after the block."""
+    """Provide a connection to the gateway, and close it after the block."""
     address = httpx.URL(stack.url)
     reader, writer = await asyncio.open_connection(address.host, address.port)
     try:
@@ -242,13 +242,13 @@ async def connected(stack: Stack) -> AsyncIterator[tuple[asyncio.StreamReader, a
 async def test_an_upload_that_breaks_off_leaves_nothing(stack: Stack) -> None:
     acme = await stack.tenant()
     drafts = stack.settings.home / "uploads"
-    # The client leaves in the middle.
+    # The client disconnects in the middle of the upload.
     async with connected(stack) as (_, writer):
         writer.write(upload_head(acme, 10_000_000) + b"x" * 3_000_000)
         await writer.drain()
         await until(lambda: _open_files(drafts) == 1)
     await until(lambda: _open_files(drafts) == 0)
-    # It announces less than it sends, so that the form is cut.
+    # The client declares a shorter length than it sends, so the form is cut.
     async with connected(stack) as (reader, writer):
         writer.write(upload_head(acme, 1000) + b"x" * 3000)
         assert b" 200 " not in await reader.read()
@@ -308,7 +308,7 @@ async def test_downloads_at_once_are_bounded(stack: Stack) -> None:
 
 
 async def test_memory_stays_flat(stack: Stack) -> None:
-    """With uploads and downloads of large files, one of them by a client that hardly reads."""
+    """Uploads and downloads of large files do not increase memory, even if a client hardly reads."""
     acme, size, process = await stack.tenant(), 200_000_000, psutil.Process()
     piece = os.urandom(1_000_000)
 
@@ -320,7 +320,7 @@ async def test_memory_stays_flat(stack: Stack) -> None:
         yield b"\r\n--b--\r\n"
 
     async with stack.client(acme) as http:
-        await created(stack, acme)  # what is loaded once is loaded
+        await created(stack, acme)  # modules that are loaded only once are loaded now
         before = process.memory_info().rss
         headers = {"content-type": "multipart/form-data; boundary=b"}
         file = (await http.post(FILES, content=pieces(), headers=headers)).json()

@@ -1,4 +1,4 @@
-"""The CLI with an operator's and with a tenant's key: whose keys it means, and that the last operator's key needs --force."""
+"""The CLI with an operator's and with a tenant's key: the tenant that a command concerns, and --force for the last operator's key."""
 
 import json
 from collections.abc import AsyncIterator

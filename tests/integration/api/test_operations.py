@@ -1,4 +1,4 @@
-"""Every operation of the table: its answer, and its record in the audit log."""
+"""Every operation of the table: its response, and its record in the audit log."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIter
 async def everyone(
     postgres_url: str, valkey_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[dict[str, httpx.AsyncClient]]:
-    """A client for each kind of key, of a service of which nothing is changed."""
+    """A client for each kind of key, on a service that no test changes."""
     async with running(postgres_url, valkey_url, tmp_path_factory.mktemp("everyone")) as stack, AsyncExitStack() as clients:
         acme = await stack.tenant()
         found = {}
@@ -75,7 +75,7 @@ async def records(stack: Stack) -> list[Any]:
         return list(await connection.execute(select(audit_log).order_by(audit_log.c.id)))
 
 
-#: What operations change.
+#: The tables that operations change.
 TABLES = (
     "webhooks",
     "webhook_deliveries",
@@ -131,9 +131,9 @@ class Walker:
             )
 
     async def __call__(self, place_id: str, body: Any = None, *, changes: bool = True, form: Any = None, **query: str) -> dict[str, Any]:
-        """Call an operation with `self.key` and the parameters of `self.path`; `changes` says whether it has something to change.
+        """Call an operation with `self.key` and the parameters of `self.path`; `changes` is whether the operation has something to change.
 
-        A change is tried first while its record cannot be written: then nothing is changed.
+        A change is tried first while its audit record cannot be written, and must then change nothing.
         """
         place, before = BY_ID[place_id], await everything(self.stack)
         operation = place.operation
@@ -207,14 +207,14 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
     await add_replica(stack.db, "rep_1", model["id"])
     assert len((await walk("list_replicas", ended="true"))["data"]) == 1
     assert (await walk("get_replica"))["desired"] == "running"
-    # As a supervisor of another release may write it.
+    # A supervisor of another release may write the start like this.
     start: dict[str, int | str] = {"by": "plain", "total_ms": 5, "of_another_release_ms": 1}
     await observe(stack.db, "rep_1", Observed.READY, url="http://e", start=start)
     assert (await walk("get_replica"))["start"] == {"by": "plain", "total_ms": 5}
     await walk("stop_replica")
     await walk("stop_replica", changes=False)
     await observe(stack.db, "rep_1", Observed.STOPPED)
-    # Adapters, by an operator and by the tenant itself.
+    # Adapters, uploaded by an operator and by the tenant itself.
     files = {"adapter_config": config(), "adapter_model": pack(tensors())}
     changed = files | {"adapter_model": pack(tensors(dtype="F16"))}
     await walk("check_adapter", form=({"base_model": "tiny"}, files))
@@ -229,7 +229,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
         await walk(f"activate_version{suffix}", {"version": 2}, changes=False)
         assert [row["name"] for row in (await walk(f"list_adapters{suffix}"))["data"]] == [walk.path["name"]]
         await walk(f"delete_adapter{suffix}")
-    # What the tenant may do with its keys, and see of its usage.
+    # The tenant's operations on its keys and its usage.
     walk.path["key"] = (await walk("create_key", {"role": "inference"}))["id"]
     assert len((await walk("list_keys"))["data"]) == 3
     await walk("change_key", {"requests_per_minute": 3})
@@ -259,7 +259,7 @@ async def test_each_operation_answers_by_its_schema_and_leaves_its_record(stack:
 
 
 async def _as_operator(walk: Walker, operator_key: str) -> dict[str, Any]:
-    """Return the tenant as an operator sees it, and go on with the same key."""
+    """Return the tenant as an operator sees it, and continue with the same key."""
     own, walk.key = walk.key, operator_key
     shown = await walk("get_tenant")
     walk.key = own
@@ -456,7 +456,7 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         webhook = made.json()["id"]
     for _ in range(5):
         await operator.post(f"/admin/v1/tenants/t0/webhooks/{webhook}/test")
-    # All at the same moment: the id decides.
+    # They have all been created at the same time, so the id decides.
     await record_events(stack.db, [usage_event(f"r{number}", tenant, base_model=f"m{number}") for number in range(5)])
     lists = {
         "/admin/v1/tenants": 5,
@@ -485,7 +485,7 @@ async def test_lists_have_pages_in_a_stable_order(stack: Stack, operator: httpx.
         for param, value in (("after", "none"), ("limit", "0"), ("limit", "1001"), ("limit", "x")):
             refused = await operator.get(path, params={param: value})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), path
-    # A replica that has ended is no longer in the list, and still marks its place.
+    # An ended replica is no longer in the list, but still works as a cursor.
     first = (await operator.get("/admin/v1/replicas", params={"limit": "2"})).json()
     await observe(stack.db, first["last_id"], Observed.STOPPED)
     rest = (await operator.get("/admin/v1/replicas", params={"after": first["last_id"]})).json()

@@ -1,4 +1,4 @@
-"""Reports for finance over HTTP and in the CLI: who sees what, filters, CSV, and names for what has none."""
+"""Reports for finance over HTTP and in the CLI: access, filters, CSV, and labels for rows without a name."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIter
 
 
 async def keys_of(stack: Stack, tenant_id: str) -> dict[Role, tuple[str, str]]:
-    """A key of each role of a tenant: its id and its secret. Their names are what a spreadsheet takes for a formula."""
+    """A key of each role of a tenant: its id and its secret. A spreadsheet would take the keys' names for formulas."""
     found = {}
     for role in (Role.INFERENCE, Role.TENANT_ADMIN):
         key = new_key()
@@ -42,7 +42,7 @@ async def keys_of(stack: Stack, tenant_id: str) -> dict[Role, tuple[str, str]]:
 
 @pytest.fixture
 async def ledger(stack: Stack) -> dict[Role, tuple[str, str]]:
-    """Usage of two keys of a tenant, with an adapter by both of its names, of another tenant, and of a probe."""
+    """Usage of two keys of a tenant, with an adapter under both of its names; of another tenant; and of a probe."""
     acme, globex = await stack.tenant(), await stack.tenant()
     keys = await keys_of(stack, acme.id)
     mine, other = keys[Role.INFERENCE][0], keys[Role.TENANT_ADMIN][0]
@@ -73,7 +73,7 @@ async def data(http: httpx.AsyncClient, path: str) -> list[dict[str, Any]]:
 
 
 async def table_of(http: httpx.AsyncClient, path: str, **headers: str) -> list[dict[str, str]]:
-    """The rows of a CSV answer."""
+    """Return the rows of a CSV response."""
     answer = await http.get(path, headers=headers)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
@@ -132,7 +132,7 @@ EVENT_FILTERS = {
 async def test_events_are_filtered(operator: httpx.AsyncClient) -> None:
     for query, expected in EVENT_FILTERS.items():
         assert {event["request_id"] for event in await data(operator, f"/admin/v1/usage/events?{query}")} == expected, query
-        # With filters, pages are still the whole list.
+        # With filters, the pages together are still the whole list.
         found, after = set(), ""
         for _ in range(10):
             page = (await operator.get(f"/admin/v1/usage/events?{query}&limit=2{after}")).json()
@@ -153,7 +153,7 @@ async def test_csv_is_the_whole_report(stack: Stack, ledger: dict[Role, tuple[st
     assert sum(Decimal(row["charge_usd"]) for row in rows) == Decimal("0.000001500001")
     [probes] = [row for row in rows if not row["tenant_id"]]
     assert (probes["tenant"], probes["key"], probes["requests"]) == ("(probes)", "", "1")
-    # A name that looks like a formula is none for a spreadsheet, and its quotes and commas stay in its cell.
+    # A name that looks like a formula is escaped for spreadsheets, and its quotes and commas stay in its cell.
     assert {row["key"] for row in rows if row["key"]} == {'\'=cmd("inference"), "x"', '\'=cmd("tenant_admin"), "x"'}
     events = await table_of(operator, "/admin/v1/usage/events?until=2026-01-31", accept="text/csv")
     assert {row["request_id"] for row in events} == {"r1", "r2", "r4", "r5", "p1"}
@@ -201,7 +201,7 @@ async def test_a_report_that_cannot_be_read_to_its_end_breaks_off(
     monkeypatch.setattr(usage, "list_events", once)
     with pytest.raises(httpx.RemoteProtocolError):
         await operator.get("/admin/v1/usage/events?format=csv")
-    # Before the first row, it is an error as any other.
+    # A failure before the first row is an error like any other.
     assert (await operator.get("/admin/v1/usage/events?format=csv")).status_code == 503
 
 

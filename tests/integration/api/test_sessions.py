@@ -29,7 +29,7 @@ async def test_a_key_and_its_sessions_end_exactly_when_they_expire(
     tenant = (await operator.post("/admin/v1/tenants", json={"name": "acme"})).json()["name"]
     made = (await operator.post(f"/admin/v1/tenants/{tenant}/keys", json={"role": "tenant_admin", "expires_in_s": 3600})).json()
     session = (await operator.post("/v1/sessions", json={}, headers=bearer(made["key"]))).json()
-    # A session ends with its key, though it would be valid for longer.
+    # A session ends with its key, even if its own lifetime is longer.
     assert session["expires_at"] == made["expires_at"]
     short = (await operator.post("/v1/sessions", json={"expires_in_s": 60}, headers=bearer(made["key"]))).json()
     for key in (made["key"], session["key"], short["key"]):

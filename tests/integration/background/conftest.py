@@ -1,4 +1,4 @@
-"""One gateway with a fake engine for all tests, and for each a tenant, its client, and a job runner if it asks for one."""
+"""One gateway with a fake engine for all tests, and for each test a tenant, its client, and a job runner on request."""
 
 from collections.abc import AsyncIterator
 

@@ -29,7 +29,7 @@ MONTH = timedelta(days=30)
 
 @dataclass
 class Runner:
-    """A runner that beats until it is killed or stopped."""
+    """A runner that sends beats until it is killed or stopped."""
 
     id: str
     runs: BackgroundRuns
@@ -45,7 +45,7 @@ class Runner:
         await end(self.db, self.id)
 
     async def kill(self) -> None:
-        """End the runner without a chance to give anything back, and have the others notice at once."""
+        """End the runner without giving anything back, and have the others notice at once."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -63,7 +63,7 @@ async def _beat(db: Database, runner_id: str) -> None:
 
 @asynccontextmanager
 async def runner(stack: Stack, observers: Observers = UNOBSERVED) -> AsyncIterator[Runner]:
-    """Run a runner with the login of one until the end of the block."""
+    """Run a runner with its database login until the end of the block."""
     db = stack.database(DatabaseRole.JOBS)
     changes, metrics = Changes(functools.partial(change_number, db)), GatewayMetrics()
     inferences = build_inferences(stack.settings, replace(stack.services, db=db), changes, metrics)

@@ -1,4 +1,4 @@
-"""What the tests of responses in the background share: the service, and what a client does with a response."""
+"""The service and the client helpers that the tests of responses in the background share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class Service:
     replica: Replica
 
     def client(self, tenant: Tenant, url: str = "") -> AsyncOpenAI:
-        """Return OpenAI's client, whose answers are compared with the OpenAPI document."""
+        """Return OpenAI's client, which compares responses with the OpenAPI document."""
         http = self.stack.client(tenant, url)
         return AsyncOpenAI(base_url=f"{url or self.stack.url}/v1", api_key=tenant.key, max_retries=0, http_client=http)
 
@@ -31,7 +31,7 @@ async def create(client: AsyncOpenAI, words: str = "Say hi.", **more: Any) -> An
 
 
 async def ended(client: AsyncOpenAI, response_id: str, timeout_s: float = 20) -> Any:
-    """Poll as OpenAI's guide does, until the response has ended."""
+    """Poll as OpenAI's guide recommends, until the response has ended."""
     found: list[Any] = []
 
     async def is_over() -> bool:

@@ -40,7 +40,7 @@ async def test_a_response_is_queued_and_completes(service: Service, tenant: Tena
     assert event.status == UsageStatus.COMPLETED
     assert event.request_id == f"req_{queued.id.removeprefix('resp_')}"
     assert (event.prompt_tokens, event.completion_tokens) == (done.usage.input_tokens, done.usage.output_tokens)
-    # Its run is logged, and traced in the trace of the request that created it.
+    # The run is logged, and belongs to the trace of the request that created the response.
     (line,) = [json.loads(line) for line in lines]
     assert (line["action"], line["belongs_to"], line["request_id"], line["outcome"]) == (
         "background",
@@ -243,7 +243,7 @@ async def test_a_repeat_with_the_same_key_gets_the_same_response(service: Servic
     headers = {"idempotency-key": f"key-{stream}"}
     async with service.stack.client(tenant) as http:
         if stream:
-            # The first client leaves at the first event.
+            # The first client disconnects at the first event.
             async with http.stream("POST", RESPONSES, json=body, headers=headers) as answer:
                 await anext(answer.aiter_bytes())
         else:

@@ -1,4 +1,4 @@
-"""Responses in the background when something dies, is away, or refuses them."""
+"""Responses in the background when a process dies, a server is away, or the service refuses the response."""
 
 import asyncio
 import os
@@ -61,7 +61,7 @@ async def test_a_response_outlives_its_runner(service: Service, tenant: Tenant, 
         assert rest[0]["sequence_number"] == numbers[-1] + 1
         whole = check(await log_of(service, tenant, response_id), background=True, restarted_at=numbers[-1] + 1)
         assert whole.response == done.to_dict()
-        # A client that stopped in the middle of the first run hears that too.
+        # A client that stopped in the middle of the first run receives that event too.
         assert [event["code"] for event in parse(await log_of(service, tenant, response_id, 3))[0]] == ["response_restarted"]
 
     async def told() -> bool:
@@ -151,7 +151,7 @@ async def test_a_lease_whose_reply_was_lost_is_given_back(service: Service, clie
         assert (await ended(client, made.id)).output_text
         return bool(found)
 
-    # Until the test is quicker than the runner.
+    # Repeat until the test leases a response before the runner does.
     await until(is_leased, timeout_s=30)
 
 

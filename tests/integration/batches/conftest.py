@@ -1,4 +1,4 @@
-"""A service without a job runner: tests do its steps, with its rights, one by one."""
+"""A service without a job runner: tests run its steps one by one, with its rights."""
 
 import asyncio
 import json
@@ -52,19 +52,19 @@ class Steps:
         self.db, self.work, self.runner_id = db, work, runner_id
 
     async def claim(self) -> BatchLease:
-        """Lease the batch whose turn it is."""
+        """Lease the next batch."""
         claimed = await claim_batch(self.db, self.runner_id, [])
         assert claimed is not None
         return claimed[0]
 
     async def validate(self) -> None:
-        """Validate the batch whose turn it is."""
+        """Validate the next batch."""
         lease = await self.claim()
         await self.work.validate(lease)
         await give_back_batch(self.db, lease)
 
     async def finalize(self) -> None:
-        """Finalize the batch whose turn it is, after all batches have been settled that stop early."""
+        """Settle all batches that stop early, then finalize the next batch."""
         for tenant_id, batch_id in await unsettled(self.db):
             await settle(self.db, tenant_id, batch_id)
         lease = await self.claim()
@@ -112,7 +112,7 @@ class Account:
         return sorted(file.filename for file in await list_files(self.stack.db, self.tenant.id, Part(100)))
 
     async def show(self, batch: Batch) -> Batch:
-        """Return the batch as it is now."""
+        """Return the current state of the batch."""
         return await self.client.batches.retrieve(batch.id)
 
     async def lines(self, file_id: str | None) -> list[dict[str, Any]]:

@@ -26,12 +26,12 @@ TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expire
 
 
 def times(batch: Batch) -> set[str]:
-    """The times that a batch has."""
+    """Return the names of the times that a batch has."""
     return {name for name in TIMES if getattr(batch, name) is not None}
 
 
 async def no_rows(db: Database) -> bool:
-    """Whether no line is left."""
+    """Return whether no line is left."""
     async with db.begin(SYSTEM) as connection:
         query = text("SELECT (SELECT count(*) FROM batch_lines) + (SELECT count(*) FROM batch_pools)")
         return bool((await connection.execute(query)).scalar_one() == 0)
@@ -133,7 +133,7 @@ async def test_lines_for_models_that_cannot_serve_them_fail_alone(account: Accou
         ("version", "failed", 404),
         ("none", "failed", 400),
     }
-    # Lines for the same model are neighbours: the base model's, and those of the adapter by both of its names.
+    # Lines for the same model are neighbours: those of the base model, and those of the adapter under both of its names.
     order = [custom_id for custom_id, state, _ in rows if state == "pending"]
     assert {tuple(order[:2]), tuple(order[2:])} == {("base", "base too"), ("mine", "pinned")}
     await steps.end(await steps.lease(10))
@@ -166,7 +166,7 @@ async def test_a_cancelled_batch_keeps_what_was_done(account: Account, steps: St
     assert (batch.status, times(batch)) == ("cancelling", {"in_progress_at", "cancelling_at"})
     # A second request changes nothing.
     assert (await account.client.batches.cancel(batch.id)).cancelling_at == batch.cancelling_at
-    # This answer was complete before the runner heard of it.
+    # This line had a result before the runner learned of the cancellation.
     await steps.end([running])
     await steps.finalize()
     batch = await account.show(batch)
@@ -247,7 +247,7 @@ async def test_an_input_file_that_is_deleted_or_too_large(account: Account, step
 
 
 async def test_a_repeated_step_leaves_one_result(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
-    """A runner that lost its lease writes nothing, and a step that is repeated writes everything once."""
+    """A runner that lost its lease writes nothing, and a repeated step writes everything once."""
     batch = await account.create(jsonl(line(f"{number}") for number in range(3)))
     lost = await steps.claim()
     async with stack.db.begin(SYSTEM) as connection:
@@ -393,7 +393,7 @@ async def test_batches_of_others_do_not_exist(account: Account, stack: Stack) ->
 
 async def test_limits_of_a_tenant(account: Account, steps: Steps, base: BaseModel, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TIERS, "standard", dataclasses.replace(TIERS["standard"], max_batches=3, max_batch_lines=5))
-    # One batch alone is never too large.
+    # A tenant's only batch is accepted whatever its number of lines.
     large = await account.create(jsonl(line(f"{number}") for number in range(9)))
     await steps.validate()
     assert (await account.show(large)).status == "in_progress"
@@ -416,7 +416,7 @@ async def test_limits_of_a_tenant(account: Account, steps: Steps, base: BaseMode
 
 
 async def claimed(steps: Steps) -> Any:
-    """Lease everything that waits."""
+    """Lease every waiting line."""
     leases = []
     for offer in await backlog(steps.db):
         leases += await claim_lines(steps.db, steps.runner_id, offer.pool_id, {(offer.tenant_id, offer.batch_id): 100})

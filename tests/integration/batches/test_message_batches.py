@@ -99,7 +99,7 @@ async def test_a_message_batch_from_its_creation_to_its_deletion(
     errored = next(result for result in found.values() if result.type == "errored")
     assert (errored.error.error.type, errored.error.request_id) == ("not_found_error", "req_1")
     assert await account.kept() == [f"{batch.id}_input.jsonl", f"{batch.id}_results.jsonl"]
-    # OpenAI's API does not show it.
+    # OpenAI's API does not show this batch.
     assert (await account.client.batches.list()).data == []
     assert (await messages.messages.batches.delete(batch.id)).type == "message_batch_deleted"
     assert await account.kept() == []
@@ -148,7 +148,7 @@ async def test_results_are_downloads_like_those_of_files(
         assert {len((await download).content.splitlines()) for download in downloads} == {2}
         monkeypatch.setattr(Objects, "read", fails)
         response = await http.get(path)
-        # As Anthropic has it: 529 when the service is overloaded.
+        # Anthropic's status for an overloaded service is 529.
         assert (response.status_code, response.headers["retry-after"]) == (529, "10")
         monkeypatch.setattr(Objects, "read", is_gone)
         gone = await http.get(path)
@@ -281,7 +281,7 @@ async def test_what_has_no_room_is_refused_before_it_is_sent(
 
 
 async def test_both_apis_create_batches_of_one_tenant_at_the_same_time(account: Account, stack: Stack) -> None:
-    """An input file that is added with its batch locks the tenant's row first. Creations in another order would wait for each other."""
+    """Adding an input file with its batch locks the tenant's row first. Any other order would deadlock two creations."""
     limits = batch_limits("standard")
 
     def new(number: int) -> NewBatch:
@@ -308,7 +308,7 @@ async def test_both_apis_create_batches_of_one_tenant_at_the_same_time(account: 
 async def test_a_long_body_streams_to_the_store(
     messages: AsyncAnthropic, account: Account, steps: Steps, base: BaseModel, stack: Stack
 ) -> None:
-    """The whole body exceeds what a request may have in one piece."""
+    """The whole body exceeds the size limit of a request that is not streamed."""
     count, size = 200, 50_000
     assert count * size > stack.settings.max_body_bytes
     batch = await messages.messages.batches.create(requests=requests(count, system="x" * size))
@@ -324,7 +324,7 @@ async def test_each_api_shows_its_own_batches(messages: AsyncAnthropic, account:
     ours = await messages.messages.batches.create(requests=requests(1))
     assert [batch.id async for batch in account.client.batches.list()] == [theirs.id]
     assert [batch.id async for batch in messages.messages.batches.list()] == [ours.id]
-    # The library's beta has the same paths, with a query.
+    # The library's beta client uses the same paths, with a query.
     assert [batch.id async for batch in messages.beta.messages.batches.list()] == [ours.id]
     assert (await messages.beta.messages.batches.retrieve(ours.id)).processing_status == "in_progress"
     async with httpx.AsyncClient(base_url=stack.url, headers=account.tenant.headers) as http:

@@ -1,4 +1,4 @@
-"""Batches go with their tenant, and some time after their end. What still runs stays."""
+"""Batches are deleted with their tenant, and some time after their end. Running batches stay."""
 
 from sqlalchemy import text
 
@@ -25,7 +25,7 @@ async def test_batches_of_a_deleted_tenant_go_with_their_lines(account: Account,
     theirs = await make_batch(stack.db, other.id, [])
     await delete_tenant(stack.database(DatabaseRole.GATEWAY), account.tenant.id)
     assert await left(stack) == {theirs}
-    # A runner that has not heard of it writes nothing.
+    # A runner that has not learned of the deletion writes nothing.
     await steps.end(running)
     async with stack.db.begin(SYSTEM) as connection:
         for table in ("batch_lines", "batch_pools", "usage_events"):
@@ -34,7 +34,7 @@ async def test_batches_of_a_deleted_tenant_go_with_their_lines(account: Account,
 
 
 async def test_a_batch_that_outlives_its_tenant_ends_without_files(account: Account, steps: Steps, base: BaseModel, stack: Stack) -> None:
-    """As after a deletion that broke off before the batches."""
+    """A batch whose tenant was deleted ends without files, as after a deletion that was interrupted before it reached the batches."""
     batch = await account.create(jsonl([line("a")]))
     await steps.validate()
     await steps.end(await steps.lease(1))

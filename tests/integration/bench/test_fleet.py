@@ -1,11 +1,11 @@
-"""A fleet of replicas that are only names: its requests run, its full queue moves, and a dead replica comes back."""
+"""A fleet of replicas without engines: its requests run, its full queue moves, and a dead replica comes back."""
 
 from pathlib import Path
 
 from bench.fleet import fleets
 from bench.fleet.names import Sizes
 
-#: Small, with fewer slots than the number of adapters that a replica may run.
+#: A small fleet with fewer slots than adapters that a replica may run.
 SIZES = Sizes(6, 8, pools=2, running=6, slots=6, waiting=6)
 
 

@@ -1,4 +1,4 @@
-"""The relay that counts a gateway's commands to Valkey."""
+"""The relay that counts the commands a gateway sends to Valkey."""
 
 from pathlib import Path
 

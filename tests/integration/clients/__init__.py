@@ -1,1 +1,1 @@
-"""Clients' own libraries, unmodified, against a gateway: each gets a base URL and a key, and nothing else."""
+"""Clients' own libraries, unmodified, against a gateway: each gets only a base URL and a key."""

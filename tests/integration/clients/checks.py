@@ -15,15 +15,15 @@ from tests.support.anthropic_stream import check_stream
 from tests.support.response_streams import check as check_response_stream
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-#: Items and tools of OpenAI that the Open Responses specification does not have.
+#: Items and tools of OpenAI that the Open Responses specification lacks.
 BEYOND = ("custom_tool_call", "custom", "namespace", "web_search", "reasoning_text")
 
 
 def check_exchange(exchange: Exchange) -> None:
-    """Fail unless a response is as the gateway documents it."""
+    """Fail unless the gateway documents the response."""
     path = exchange.path.partition("?")[0]
     if exchange.streamed:
-        # A client may leave before the end.
+        # A client may disconnect before the end.
         if exchange.ended:
             CHECKS[path](exchange.received)
     elif exchange.method != "HEAD" and exchange.headers.get("content-type", "").startswith("application/json"):

@@ -1,4 +1,4 @@
-"""One gateway, a job runner and fake engines for all clients, a tenant, and a recording of what each test's clients send and receive."""
+"""One gateway, a job runner and fake engines for all clients, a tenant, and a recording of each test's requests and responses."""
 
 import asyncio
 import hashlib
@@ -19,13 +19,13 @@ from tests.integration.clients.tap import Exchange, Tap, tapped
 from tests.integration.gateway.stack import Stack, Tenant, running
 
 NODE = Path(__file__).with_name("node")
-#: The newest releases of libraries for Node ask for Node 22 and run on 20 too.
+#: The newest releases of libraries for Node require Node 22, but also run on 20.
 OLDEST = 20
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a client is told, `url` and `key`, and what a test may look at. The models are `base`, its adapter `pirate`, and `embedder`."""
+    """The service: `url` and `key` for clients, and its parts for tests. The models are `base`, its adapter `pirate`, and `embedder`."""
 
     stack: Stack
     tenant: Tenant
@@ -35,11 +35,11 @@ class Service:
 
     @property
     def openai_url(self) -> str:
-        """The base URL as OpenAI's libraries want it."""
+        """The base URL in the form that OpenAI's libraries expect."""
         return f"{self.url}/v1"
 
     def exchanges(self, path: str) -> list[Exchange]:
-        """Return what this test's clients exchanged at a path."""
+        """Return this test's exchanges at a path."""
         return self.tap.to(path)
 
 
@@ -61,7 +61,7 @@ async def _service(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.
 
 @pytest.fixture
 def service(_service: Service) -> Iterator[Service]:
-    """The service. What its clients have received in this test is checked at the end."""
+    """The service. The exchanges of each test are checked at its end."""
     _service.tap.exchanges.clear()
     yield _service
     assert not _service.tap.broken
@@ -71,7 +71,7 @@ def service(_service: Service) -> Iterator[Service]:
 
 @pytest.fixture
 def environment(service: Service, monkeypatch: pytest.MonkeyPatch) -> Service:
-    """The service, of which clients learn from the variables that their documentation names."""
+    """The service, which clients find through the environment variables that their documentation names."""
     for name, value in {
         "OPENAI_BASE_URL": service.openai_url,
         "OPENAI_API_KEY": service.key,
@@ -103,7 +103,7 @@ def packages() -> Path:
             command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode != 0:
-                # A lock file that does not fit package.json is a mistake of ours, not an unreachable registry.
+                # A lock file that does not fit package.json is an error of the repository, not an unreachable registry.
                 assert "EUSAGE" not in done.stderr, done.stderr
                 pytest.skip(f"npm cannot install the packages: {done.stderr[-500:]}")
             if not cache.exists():

@@ -1,4 +1,4 @@
-"""A TCP proxy between a client and the gateway, which records what they say to each other. A client cannot tell it from the gateway."""
+"""A TCP proxy between a client and the gateway, which records their traffic. A client cannot distinguish it from the gateway."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ class Exchange:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     received: bytes = b""
-    #: Whether the response has ended as HTTP demands.
+    #: True if the response has ended as HTTP demands.
     ended: bool = False
 
     @property
@@ -34,7 +34,7 @@ class Exchange:
 
     @property
     def streamed(self) -> bool:
-        """Whether the response is a stream of events."""
+        """True if the response is a stream of events."""
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
 
@@ -101,7 +101,7 @@ async def tapped(host: str, port: int) -> AsyncIterator[Tap]:
         except h11.ProtocolError as error:
             tap.broken.append(error)
         except ConnectionError:
-            pass  # One side has gone, which the other one sees by the end of its connection.
+            pass  # One side has closed its connection, which closes the other one.
         finally:
             target.close()
 

@@ -20,7 +20,7 @@ from tests.support.adapters import base, config, pack, tensors
 ROOT = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists())
 EXAMPLES = ROOT / "examples"
 PROGRAMS = sorted(path.name for path in EXAMPLES.iterdir() if path.name != "README.md")
-#: What a program prints, at least.
+#: Texts that the output of each program must contain.
 PRINTED = {
     "chat.sh": ("data: [DONE]",),
     "openai_chat.py": (" tokens",),
@@ -34,7 +34,7 @@ PRINTED = {
 
 
 async def run(program: str, service: Service, folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
-    """Run an example in an empty folder. Return its exit code and what it printed."""
+    """Run an example in an empty folder. Return its exit code and its output."""
     shutil.copy(EXAMPLES / program, folder)
     command = {".py": [sys.executable, "-W", "error"], ".sh": ["sh"], ".mjs": ["node"]}[Path(program).suffix]
     environment = {

@@ -74,12 +74,12 @@ async def test_structured_output(model: BaseChatModel) -> None:
 
 @pytest.mark.parametrize("by_tokens", [True, False])
 async def test_embeddings(environment: Service, monkeypatch: pytest.MonkeyPatch, by_tokens: bool) -> None:
-    # The library's default sends the ids of tokens. It would download this vocabulary, of which the test needs no more than the bytes.
+    # By default the library sends token ids and would download this vocabulary, of which the test needs only the bytes.
     ranks = {bytes([each]): each for each in range(256)}
     small = tiktoken.Encoding("cl100k_base", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "cl100k_base", small)
     more: dict[str, Any] = {} if by_tokens else {"check_embedding_ctx_length": False}
-    # It never closes a client of its own.
+    # The library never closes a client of its own.
     async with DefaultAsyncHttpxClient() as http:
         embeddings = OpenAIEmbeddings(model="embedder", http_async_client=http, **more)
         vectors = await embeddings.aembed_documents(["one two", "three"])

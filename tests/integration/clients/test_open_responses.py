@@ -1,8 +1,8 @@
-"""The compliance suite of the Open Responses specification (openresponses.org): its requests, and its rules for what comes back.
+"""The compliance suite of the Open Responses specification (openresponses.org): its requests, and its rules for responses.
 
-The suite itself is a program for Bun. This is what it checks: the types of the specification for every response and every event, the
-status, and the items that must be there. Requests with images, files and built-in tools are not among these, because no model here has
-them. `checks.py` applies the same types to the responses that other clients receive.
+The suite itself is a program for Bun. This module makes the same checks: the types of the specification for every response and every event,
+the status, and the required items. Requests with images, files and built-in tools are left out, because no model here supports them.
+`checks.py` applies the same types to the responses that other clients receive.
 """
 
 from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ TOOL = {
 
 
 def said(*texts: str) -> list[dict[str, Any]]:
-    """Messages, each written as "role: text"."""
+    """Return messages, each written as "role: text"."""
     return [{"type": "message", "role": text.partition(": ")[0], "content": text.partition(": ")[2]} for text in texts]
 
 

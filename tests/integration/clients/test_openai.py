@@ -76,7 +76,7 @@ async def test_completions(client: AsyncOpenAI) -> None:
 
 async def test_embeddings(client: AsyncOpenAI, environment: Service) -> None:
     answer = await client.embeddings.create(model="embedder", input=["One two", "three"])
-    # The library asks for base64 and decodes it.
+    # The library requests base64 and decodes it.
     assert environment.exchanges("/v1/embeddings")[0].body["encoding_format"] == "base64"
     plain = await client.embeddings.create(model="embedder", input="three", encoding_format="float")
     assert [each.index for each in answer.data] == [0, 1]

@@ -16,9 +16,9 @@ PATH = "/v1/responses"
 
 @pytest.fixture(autouse=True)
 async def _client(environment: Service) -> AsyncIterator[None]:
-    # Traces would go to OpenAI. This is the documented way to keep them.
+    # Traces would go to OpenAI. This is the documented way to turn them off.
     agents.set_tracing_disabled(True)
-    # The framework would make the same client, and never close it.
+    # The framework would make the same client, but never close it.
     async with AsyncOpenAI() as client:
         agents.set_default_openai_client(client)
         yield

@@ -1,8 +1,8 @@
-"""What the clients of several libraries are asked for: a structured output and a tool."""
+"""The structured output and the tool that the tests of several libraries use."""
 
 from pydantic import BaseModel
 
-#: The fake engine calls a tool when a user says this.
+#: The fake engine calls a tool when a user message contains this text.
 CALL = "Use the tool."
 
 
@@ -27,6 +27,6 @@ class Weather:
         self.asked: list[tuple[str, int]] = []
 
     def __call__(self, city: str, days: int) -> str:
-        """Forecast the weather of a city."""
+        """Return the weather of a city."""
         self.asked.append((city, days))
         return f"Sunny in {city}."

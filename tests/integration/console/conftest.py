@@ -27,7 +27,7 @@ ORIGIN = "http://console.test"
 
 
 async def key_of(db: Database, tenant_id: str | None, role: Role, name: str = "") -> str:
-    """Make a key and return its secret."""
+    """Create a key and return its secret."""
     key = new_key()
     await create_key(db, tenant_id, role, name, hash_key(key), shown_prefix(key))
     return key
@@ -35,7 +35,7 @@ async def key_of(db: Database, tenant_id: str | None, role: Role, name: str = ""
 
 @dataclass
 class Browser:
-    """A client that keeps cookies and sends what browsers send."""
+    """A client that keeps cookies and sends the headers of a browser."""
 
     http: httpx.AsyncClient
 
@@ -44,7 +44,7 @@ class Browser:
         return await self.http.get(f"/console{path}", **options)
 
     async def post(self, path: str, fields: dict[str, Any] | None = None, *, token: bool = True, **options: Any) -> httpx.Response:
-        """Send a form, with the token of the session unless told otherwise."""
+        """Send a form, by default with the session's token."""
         sent = dict(fields or {})
         if token:
             page = await self.get("")
@@ -57,7 +57,7 @@ class Browser:
 
 
 def found_in(text: str, pattern: str) -> str:
-    """Return the first group of the first match. Fails if there is none."""
+    """Return the first group of the first match. Fail if there is none."""
     found = re.search(pattern, text)
     assert found is not None, text
     return html.unescape(found[1])

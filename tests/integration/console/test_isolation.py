@@ -1,4 +1,4 @@
-"""Every page, as every role and tenant sees it: nothing of another tenant, and the security headers everywhere."""
+"""Every page, for every role and tenant: it shows nothing of another tenant and has the security headers."""
 
 import re
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ SECRET = "globex-secret"
 
 @pytest.fixture(scope="module")
 async def theirs(console: Console) -> dict[str, str]:
-    """What belongs to globex, by the names of the parameters of paths."""
+    """The ids and names of globex's things, by the names of the parameters of paths."""
     principal = await find_principal(console.stack.db, hash_key(console.keys["globex-admin"]))
     assert principal is not None
     assert principal.tenant_id is not None
@@ -79,10 +79,10 @@ async def test_no_page_shows_or_changes_what_is_anothers(
         elif "{" in route.path and not (role is Role.OPERATOR and path.startswith(("/usage/requests/", "/tenants/", "/fleet/"))):
             assert response.status_code in (400, 403, 404), (name, path, response.status_code)
         if role is Role.OPERATOR and not page.of_tenant:
-            continue  # an operator may see all tenants
+            continue  # operators may see all tenants
         text = response.text
         for address in (path, query["tenant"]):
-            text = text.replace(address, "")  # what was asked for is repeated in links
+            text = text.replace(address, "")  # links repeat the requested address
         for secret in forbidden:
             assert secret not in text, (name, path, secret)
 

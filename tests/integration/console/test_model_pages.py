@@ -60,7 +60,7 @@ async def send(browser: Browser, path: str, fields: dict[str, str], files: Any) 
 
 
 async def after(browser: Browser, response: httpx.Response) -> str:
-    """Return the page that a change leads to."""
+    """Return the page that follows a change."""
     assert response.status_code == 303, response.text
     return (await browser.http.get(response.headers["location"])).text
 
@@ -152,7 +152,7 @@ async def test_an_inference_key_sees_adapters_and_changes_none(console: Console,
 
 
 async def answered(browser: Browser, **asked: Any) -> list[str]:
-    """Return the lines of a stream of the playground."""
+    """Return the lines of one of the playground's streams."""
     token = found_in((await browser.get("")).text, r'name="csrf" value="([0-9a-f]+)"')
     response = await browser.http.post("/console/playground/answer", json=asked, headers={"origin": ORIGIN, "x-csrf-token": token})
     assert response.status_code == 200, response.text
@@ -281,7 +281,7 @@ async def test_a_batch_is_created_shown_and_cancelled(admin: Browser, console: C
     assert part.lstrip().startswith('<div id="batch"')
     assert 'hx-trigger="every 2s"' in part
     assert batch in (await admin.get("/batches")).text
-    # An operator sees it too, and no file of the tenant.
+    # An operator sees the batch too, but no file of the tenant.
     operator = await console.signed_in("operator")
     shown = (await operator.get(f"/batches/{batch}", params={"tenant": console.tenants["acme"]})).text
     assert "/console/files/" not in shown
@@ -335,7 +335,7 @@ async def test_replicas_that_do_not_exist_are_not_found(operator: Browser) -> No
     assert (await operator.get("/fleet/none-such")).status_code == 404
 
 
-# What cannot be read
+# Errors of the gateway
 
 
 class Broken(httpx.AsyncBaseTransport):

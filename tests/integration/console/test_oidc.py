@@ -30,14 +30,14 @@ class Way:
         return browser_of(self.app)
 
     async def begin(self, browser: Browser, target: str = "/console") -> httpx.Response:
-        """Go to the provider; return its answer, which leads back."""
+        """Go to the provider, and return its response, which redirects back."""
         started = await browser.get("/sign-in/oidc", params={"next": target})
         assert started.status_code == 303, started.text
         async with httpx.AsyncClient() as http:
             return await http.get(started.headers["location"])
 
     async def sign_in(self, browser: Browser, target: str = "/console") -> httpx.Response:
-        """Sign in, and return what the console answers in the end."""
+        """Sign in, and return the console's last response."""
         return await browser.http.get((await self.begin(browser, target)).headers["location"])
 
 
@@ -73,7 +73,7 @@ async def test_a_person_of_one_tenant_gets_a_session_and_comes_back(oidc: Way) -
     link = found_in(page.text, r'<a class="button primary" href="([^"]+)">Sign in with Acme&#39;s directory</a>')
     assert link == "/console/sign-in/oidc?next=/console%3Fsince%3D1"
     response = await oidc.sign_in(browser, "/console?since=1")
-    # A page of the console, because a redirect would come from the provider, and a strict cookie would stay behind.
+    # The response is a page of the console: a redirect would come from the provider, and browsers would not send a strict cookie.
     assert response.status_code == 200
     assert 'content="0; url=/console?since=1"' in response.text
     cookies = [value for name, value in response.headers.multi_items() if name == "set-cookie"]
@@ -86,7 +86,7 @@ async def test_a_person_of_one_tenant_gets_a_session_and_comes_back(oidc: Way) -
     assert principal.key_id == principal.session_id
     shown = await browser.get()
     assert "ada, administrator" in " ".join(shown.text.split())
-    # What the person has begun goes on after signing out, which a key's revocation ends.
+    # Work that the person has started continues after signing out. Revoking a key would end it.
     assert (await browser.post("/sign-out")).status_code == 303
     assert await find_principal(oidc.console.stack.db, hash_key(session)) is None
     assert principal.tenant_id is not None
@@ -170,7 +170,7 @@ async def test_new_keys_of_the_provider_are_found_later(oidc: Way, monkeypatch: 
     oidc.provider.claims = {"groups": ["acme"]}
     assert (await oidc.sign_in(oidc.browser())).status_code == 200
     oidc.provider.key = made_key("second")
-    # A key that is not known is looked for at most once in a while.
+    # An unknown key makes the console fetch the provider's keys again, at most once per interval.
     assert (await oidc.sign_in(oidc.browser())).status_code == 401
     assert len(oidc.provider.asked) == 1
     monkeypatch.setattr("lmaas.console.oidc.AGAIN_S", 0.0)
@@ -206,7 +206,7 @@ async def test_groups_may_come_from_userinfo(oidc: Way) -> None:
 
 
 async def test_a_sign_in_of_another_browser_is_refused(oidc: Way) -> None:
-    """Otherwise a link could sign a person in as somebody else."""
+    """A sign-in that another browser began is refused. Otherwise a link could sign a person in to another account."""
     oidc.provider.claims = {"groups": ["acme"]}
     back = (await oidc.begin(oidc.browser())).headers["location"]
     for browser in (oidc.browser(), oidc.browser()):

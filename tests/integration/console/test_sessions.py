@@ -1,4 +1,4 @@
-"""Signing in and out, and what is refused on the way."""
+"""Signing in and out, and refused sign-ins."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ async def test_a_key_becomes_a_session_and_the_session_ends(console: Console, na
     async def over() -> bool:
         return (await browser.get()).status_code == 303
 
-    await until(over)  # a gateway accepts an ended key for half a second
+    await until(over)  # a gateway accepts a revoked key for half a second
 
 
 async def test_over_tls_the_cookie_is_secure(console: Console) -> None:
@@ -93,12 +93,12 @@ async def test_an_ended_session_leads_to_the_sign_in_page_and_back(console: Cons
     assert 'action="/console/sign-in?next=/console%3Fsince%3D2026-11-01"' in page.text
     signed = await browser.sign_in(console.keys["acme-admin"], "/console?since=2026-11-01")
     assert signed.headers["location"] == "/console?since=2026-11-01"
-    # A part of a page that is asked for again and again has no page to lead to.
+    # A polled part of a page has no page to redirect to.
     assert (await console.browser().get(headers={"hx-request": "true"})).status_code == 401
 
 
 async def test_a_link_on_another_site_does_not_ask_to_sign_in_again(console: Console) -> None:
-    """Browsers do not send the cookie then. A page of the console loads the address again, with it."""
+    """Browsers send no cookie with a link on another site. The response is a page that loads the address again, with the cookie."""
     headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     response = await console.browser().get("?a=%22%3E", headers=headers)
     assert response.status_code == 200

@@ -83,7 +83,7 @@ async def test_background_tickets_are_no_demand(stack: Stack, acme: Tenant) -> N
     assert len(await stack.rows()) == 1
     pool = stack.controller.statuses[stack.model.id]
     assert (pool.queued, pool.load, pool.background.queued, pool.background.running, pool.background.reserve) == (0, 0, 18, 2, 0)
-    # A request runs beside them, and is the only demand.
+    # An interactive request runs beside them, and is the only demand.
     await stack.submit("r1")
     assert "0.5 requests at once" in await reason(stack)
     pool = stack.controller.statuses[stack.model.id]

@@ -1,4 +1,4 @@
-"""The controller on a real Postgres and Valkey, with replicas that are only names; and the metering writer."""
+"""The controller on a real Postgres and Valkey, with replicas that have no processes; and the metering writer."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ class Names:
 
 
 class Clock:
-    """The time of a controller: real time, and what a test adds to it."""
+    """The clock of a controller: real time, plus the time that a test adds."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -77,7 +77,7 @@ class Clock:
 
 
 class Stack:
-    """One pool, its controller, and the replicas' part played by the test."""
+    """One pool and its controller; the test plays the part of the replicas."""
 
     def __init__(self, settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, model: BaseModel) -> None:
         self.settings, self.db, self.scheduler, self.model = settings, db, scheduler, model
@@ -102,7 +102,7 @@ class Stack:
         return row
 
     async def ready(self, replica: Replica) -> None:
-        """The supervisor's part: the engine is ready."""
+        """Report the engine as ready, as its supervisor would."""
         assert await observe(self.db, replica.id, Observed.READY, url="http://e")
         await self.beat(replica.id)
 
@@ -187,7 +187,7 @@ async def test_one_that_no_machine_has_room_for_fails_with_a_reason(stack: Stack
     assert row is not None
     assert row.reason == "its supervisor has not begun within 0.2 s: no machine had room for it, or could run it"
     assert stack.names.killed == [waiting.id]
-    # The next try comes after a while, as after any start that failed.
+    # The next attempt comes after a pause, as after any failed start.
     await stack.controller.tick()
     assert await stack.rows() == []
     assert (await recent_failures(stack.db, stack.model.id))[0] == 1
@@ -208,7 +208,7 @@ async def test_a_lost_supervisor_is_written_off_and_replaced(stack: Stack) -> No
     new = await stack.row()
     assert new.id != lost.id
     assert stack.names.processes == {new.id: stack.model.id}
-    # It was ready once: its loss is no failed start.
+    # It was ready before, so its loss is not a failed start.
     assert (await recent_failures(stack.db, stack.model.id, 1800))[0] == 0
 
 
@@ -267,7 +267,7 @@ async def test_a_supervisor_that_cannot_be_started_is_a_failure(stack: Stack) ->
 
 
 async def idle_for(stack: Stack, seconds: int) -> None:
-    """Let the pool's last request be so long ago."""
+    """Move the pool's last request this far into the past."""
     await add_to_figure(stack.scheduler.redis, stack.model.id, "active", -seconds * 1000)
 
 
@@ -280,13 +280,13 @@ async def test_an_idle_replica_is_asked_to_stop(stack: Stack) -> None:
     await stack.controller.tick()
     assert (await stack.row()).desired == Desired.RUNNING
     await idle_for(stack, 299)
-    await stack.new_controller().tick()  # another controller remembers as well
+    await stack.new_controller().tick()  # another controller remembers it as well
     assert (await stack.row()).desired == Desired.RUNNING
     await idle_for(stack, 2)
     await stack.controller.tick()
     assert (await stack.row()).desired == Desired.STOPPED
-    assert row.id in stack.names.processes  # it drains by itself
-    # A request comes while it stops: the next replica waits for its memory.
+    assert row.id in stack.names.processes  # the replica drains by itself
+    # A request arrives while the replica stops: the next replica waits for its memory.
     await stack.submit("r2")
     await stack.controller.tick()
     assert len(stack.names.processes) == 1
@@ -307,7 +307,7 @@ async def test_what_does_not_stop_is_killed_and_written_off(stack: Stack) -> Non
     await stack.controller.tick()
     await stack.controller.tick()
     assert stack.names.killed == []
-    stack.clock.ahead_s += 51  # drain and grace are over
+    stack.clock.ahead_s += 51  # drain and grace have passed
     await stack.controller.tick()
     assert stack.names.killed == [row.id]
     await stack.controller.tick()
@@ -320,7 +320,7 @@ async def test_processes_that_no_row_knows_are_killed(stack: Stack) -> None:
     stack.names.processes = {"rep_orphan": stack.model.id, "rep_stranger": "mod_gone"}
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger"]
-    stack.clock.ahead_s += 16  # it does not end by itself
+    stack.clock.ahead_s += 16  # the process does not end by itself
     await stack.controller.tick()
     assert stack.names.killed == ["rep_stranger", "rep_orphan"]
     assert stack.names.processes == {}

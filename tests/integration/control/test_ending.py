@@ -1,4 +1,4 @@
-"""Replicas of a machine that is taken away are drained."""
+"""Replicas of a machine that shuts down are drained."""
 
 from lmaas.control.ending import end_replicas
 from lmaas.states import Desired, Observed
@@ -23,6 +23,6 @@ async def test_they_drain(db: Database) -> None:
     mine, elsewhere = await get_replica(db, "rep_mine"), await get_replica(db, "rep_elsewhere")
     assert mine is not None
     assert elsewhere is not None
-    assert (mine.desired, elsewhere.desired) == (Desired.STOPPED, Desired.RUNNING), "another machine's go on"
-    assert mine.observed == Observed.STARTING, "their supervisors tell how they end"
+    assert (mine.desired, elsewhere.desired) == (Desired.STOPPED, Desired.RUNNING), "replicas of another machine continue"
+    assert mine.observed == Observed.STARTING, "supervisors report their own ends"
     assert machine.killed == []

@@ -1,4 +1,4 @@
-"""Usage events that were told, or set aside, by another release."""
+"""Usage events that another release wrote, or set aside."""
 
 import asyncio
 from typing import Any
@@ -38,7 +38,7 @@ async def test_what_an_older_release_could_not_read_is_read_by_the_next_controll
 ) -> None:
     model = await base_model(db)
     bad = f"lmaas:{{{model.id}}}:usage:bad"
-    # Now readable; not even so; and one that was read, but has no tenant.
+    # One event is now readable, one is still unreadable, and one can be read but has no tenant.
     aside = [(record("r1", acme), UNREADABLE), ("nonsense", UNREADABLE), (record("r2", acme), "unrecordable")]
     for event, why in aside:
         await redis.xadd(bad, {"event": event, "why": why})

@@ -1,4 +1,4 @@
-"""Several pools under one controller, on a real Postgres and Valkey: sharing a full machine, experience that outlives a controller, and a
+"""Several pools under one controller, on a real Postgres and Valkey: sharing a full machine, idle times that outlive a controller, and a
 controller that is not the active one any more."""
 
 import asyncio
@@ -27,7 +27,7 @@ from tests.support.figures import add_to_figure
 
 
 class World:
-    """Two pools, `a` and `b`, on a machine with one CPU; the replicas' part is played by the test."""
+    """Two pools, `a` and `b`, on a machine with one CPU. The test plays the part of the replicas."""
 
     def __init__(self, settings: Settings, db: Database, controller_db: Database, scheduler: Scheduler, models: list[BaseModel]) -> None:
         self.settings, self.db, self.controller_db, self.scheduler = settings, db, controller_db, scheduler
@@ -49,7 +49,7 @@ class World:
         await self.scheduler.release(self.ticket(name, pool), "", 5)
 
     async def rows(self) -> dict[str, list[tuple[str, str]]]:
-        """Pool → what is desired and observed of its replicas that have not ended."""
+        """Return the desired and observed states of the replicas that have not ended, by pool."""
         names = {model.id: name for name, model in self.models.items()}
         found: dict[str, list[tuple[str, str]]] = {}
         for row in await list_replicas(self.db):
@@ -57,14 +57,14 @@ class World:
         return found
 
     async def ready(self) -> None:
-        """Every replica that starts is ready now, and each ready one beats."""
+        """Make every starting replica ready, and send a heartbeat for each ready one."""
         for row in await list_replicas(self.db):
             await observe(self.db, row.id, Observed.READY, url="http://e")
             if row.desired == Desired.RUNNING:
                 await self.scheduler.heartbeat(row.base_model_id, row.id, Beat("http://e", 2, 2, Observed.READY, []))
 
     async def drained(self) -> None:
-        """What is to stop has stopped."""
+        """Stop every replica that is to stop."""
         for row in await list_replicas(self.db):
             if row.desired == Desired.STOPPED:
                 await observe(self.db, row.id, Observed.DRAINING)
@@ -73,7 +73,7 @@ class World:
                 self.names.processes.pop(row.id)
 
     async def idle_times(self, pool: str) -> IdleTimes:
-        """The pool's idle times as the active controller has saved them."""
+        """Return the pool's idle times as the active controller has saved them."""
         return IdleTimes.of((await pool_states_by_id(self.db))[self.models[pool].id].idle_times)
 
 
@@ -100,13 +100,13 @@ async def test_an_idle_pool_gives_way_to_one_that_waits(world: World) -> None:
     assert decision.reason == "1 requests wait and there is no replica; the machines are full"
     await world.finish("r1", "a")
     await world.controller.tick()
-    assert await world.rows() == {"a": [READY]}, "idle, but it has only just become ready"
+    assert await world.rows() == {"a": [READY]}, "it is idle, but has only just become ready"
     world.clock.ahead_s += 15
     await world.controller.tick()
     assert await world.rows() == {"a": [STOPPING]}
     assert world.controller.decisions[world.models["a"].id].reason.endswith("gives way to b")
     await world.controller.tick()
-    assert len(world.names.processes) == 1, "it drains, and has its memory still"
+    assert len(world.names.processes) == 1, "it drains, and still has its memory"
     await world.drained()
     await world.controller.tick()
     assert await world.rows() == {"b": [STARTING]}
@@ -131,7 +131,7 @@ async def test_two_busy_pools_take_turns(world: World) -> None:
         world.clock.ahead_s += 1
         await world.controller.tick()
         assert await world.rows() == {serving: [STOPPING]}
-        # What ran there ends, and somebody else asks.
+        # The running request ends, and another one arrives for the same pool.
         await world.finish(f"{serving}-{max(0, number - 1)}", serving)
         await world.drained()
         await world.submit(f"{serving}-{number + 1}", serving)
@@ -174,7 +174,7 @@ async def test_idle_times_outlive_a_controller(world: World) -> None:
     assert await world.idle_times("a") == IdleTimes().with_gap(100)
     await world.new_controller().tick()
     assert await world.idle_times("a") == IdleTimes().with_gap(100)
-    # What cannot be understood does no harm.
+    # Saved values that cannot be read do no harm.
     await save_pool_state(world.db, pool, {"blocked": False}, [(10**9, -1.0)])
     await world.new_controller().tick()
     assert (await pool_states_by_id(world.db))[pool].idle_times == []
@@ -206,11 +206,11 @@ async def test_a_deleted_pool_is_forgotten(world: World) -> None:
 async def test_a_controller_that_is_deposed_starts_and_kills_nothing_more(world: World, database_url: str) -> None:
     other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     async with AsyncExitStack() as stack:
-        # As `run` does it; then its process is suspended, and another takes over.
+        # The controller leads as in `run`. Then its process is suspended, and another controller becomes active.
         world.controller.lead(await stack.enter_async_context(leading(world.controller_db)))
         await world.controller.tick()
         await stack.enter_async_context(leading(other, check_s=0.05, silent_s=0.3))
-        # Nothing has changed that would be saved: what fails is the kill.
+        # Nothing has changed that would be saved, so the kill is what fails.
         world.names.processes["rep_stranger"] = "mod_gone"
         with pytest.raises(LostLead):
             await world.controller.tick()
@@ -224,7 +224,8 @@ async def test_a_controller_that_is_deposed_starts_and_kills_nothing_more(world:
 
 
 async def test_what_a_controller_starts_after_it_stood_still_is_desired_by_nobody(world: World, database_url: str) -> None:
-    """It stands still between the row and the process: the next one writes the row off, so that the supervisor finds it ended."""
+    """The controller stops between writing the row and starting the process. The next controller ends the row, and the supervisor finds it
+    ended."""
     other = Database(login_url(database_url, DatabaseRole.CONTROLLER), DatabaseRole.CONTROLLER)
     start = world.names.start
     stands_still, goes_on = asyncio.Event(), asyncio.Event()

@@ -1,4 +1,4 @@
-"""What a controller tells about itself over HTTP."""
+"""The controller's health and metrics endpoints."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +26,12 @@ HOME = Path(__file__).parent
 
 @pytest.fixture
 def controller(settings: Settings, controller_db: Database, scheduler: Scheduler) -> Controller:
-    """A controller that has not been active yet."""
+    """A controller that has never been active."""
     return Controller(settings, controller_db, scheduler, Nowhere())  # type: ignore[arg-type]
 
 
 async def samples(controller: Controller, db: Database) -> dict[tuple[str, ...], float]:
-    """Every sample: its name and the values of its labels → value."""
+    """Return the value of every sample by its name and the values of its labels."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db, HOME)), base_url="http://c") as client:
         text = (await client.get("/metrics")).text
     families = text_string_to_metric_families(text)
@@ -41,14 +41,14 @@ async def samples(controller: Controller, db: Database) -> dict[tuple[str, ...],
 
 
 async def health(controller: Controller, db: Database) -> tuple[int, dict[str, str]]:
-    """The answer of /healthz."""
+    """Return the status and the body of /healthz."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(status_app(controller, db, HOME)), base_url="http://c") as client:
         answer = await client.get("/healthz")
     return answer.status_code, answer.json()
 
 
 async def test_standing_by(controller: Controller, controller_db: Database) -> None:
-    """It is well, and tells nothing of the pools: the active one does."""
+    """A controller on stand-by is healthy and reports nothing of the pools, which is the active one's task."""
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 1, 1, ("ready",))}
     assert await health(controller, controller_db) == (200, {"status": "ok", "role": "stand-by"})
     assert await samples(controller, controller_db) == {("lmaas_controller_leader",): 0, ("lmaas_usage_events_moved_total",): 0}
@@ -125,7 +125,7 @@ async def test_leading(controller: Controller, db: Database, controller_db: Data
 
 
 async def test_without_a_database(controller: Controller, settings: Settings) -> None:
-    """What the ledger would say is absent, not zero; the rest is there."""
+    """Values of the ledger are absent, not zero; all others are present."""
     away = Database("postgresql://nobody@127.0.0.1:1/none")
     controller.active = True
     controller.statuses = {"mod_1": PoolStatus("tiny", 1, 1, 1, ("ready",))}

@@ -1,4 +1,4 @@
-"""A controller that is told to stop, where replicas die with it."""
+"""Stopping a controller whose replicas end with it."""
 
 import asyncio
 import os

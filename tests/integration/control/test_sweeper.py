@@ -1,4 +1,4 @@
-"""The controller deletes what is past its day."""
+"""The controller deletes rows that have expired."""
 
 import asyncio
 import secrets
@@ -104,7 +104,7 @@ async def test_a_tenant_that_writes_much_is_bounded_early(db: Database, controll
     running = asyncio.create_task(sweeper.run())
     try:
         await until(lambda: sweeper.stored_bytes == 0)
-        # Random, because Postgres compresses.
+        # Random text, because Postgres compresses.
         for number in range(20):
             await save(db, acme.id, [Response(f"resp_{number:02}", b"[]", secrets.token_bytes(20_000))], timedelta(days=1))
         await until(lambda: (sweeper.stored_bytes or 0) > 0)

@@ -1,4 +1,4 @@
-"""A full disk, wherever a file of an adapter goes, and an upload that is cut: a clear error, and nothing half-written is ever loadable."""
+"""A full disk at each place that stores a file of an adapter, and a cut upload: a clear error, and no partial file can ever be loaded."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.integration.gateway.stack import CHAT, Stack, Tenant, running
 from tests.support.adapters import pack, tensors
 from tests.support.conditions import until
 
-#: An adapter of this base model has 1.5 MB: more than an upload may have in memory.
+#: An adapter of this base model has 1.5 MB: more than an upload keeps in memory.
 LINEARS = {f"model.layers.{layer}.self_attn.q_proj": (1024, 1024) for layer in range(12)}
 RANK = 16
 CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -52,7 +52,7 @@ def weights() -> bytes:
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Callable[[], None]]:
-    """A disk of its own at `folder`; gives a function that makes it large."""
+    """Mount a small disk at `folder`; provide a function that enlarges it."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], capture_output=True, check=False)
     if mounted.returncode != 0:
@@ -88,7 +88,7 @@ async def ask(stack: Stack, tenant: Tenant, model: str) -> httpx.Response:
 
 
 def _whole(stack: Stack) -> list[Path]:
-    """What the store would give to a replica: where the config is, the model is whole."""
+    """Return the configs of the adapters that the store has in full: a config is stored after its model."""
     return list((stack.settings.home / "objects").rglob("adapter_config.json"))
 
 
@@ -99,7 +99,7 @@ async def test_an_upload_onto_a_full_disk(
     folder = stack.settings.home / full
     with small_disk(folder, 512 * 1024) as enlarge:
         if full == "spool":
-            # Where the parser of the form keeps what does not fit into memory.
+            # The parser of the form keeps files here that exceed memory.
             monkeypatch.setattr(tempfile, "tempdir", str(folder))
         for _ in range(2):
             response = await upload(stack, tenant, weights)
@@ -174,7 +174,7 @@ async def test_a_replica_whose_disk_is_full(stack: Stack, model: BaseModel, tena
     folder = stack.settings.home / "replicas" / replica.id / "adapters"
     with small_disk(folder, 512 * 1024) as enlarge:
         failed, other = await asyncio.gather(ask(stack, tenant, "bot"), ask(stack, tenant, "base"))
-        assert other.status_code == 200, "nobody else's"
+        assert other.status_code == 200, "requests of other models succeed"
         assert (failed.status_code, failed.json()["error"]["code"]) == (503, "adapter_load_failed")
         assert str(stack.settings.home) not in failed.text
         assert list(folder.iterdir()) == []

@@ -20,7 +20,7 @@ from tests.support.databases import login_url
 
 @dataclass
 class World:
-    """A tenant, and the service as each process has it."""
+    """A tenant, and the service with the rights of each process."""
 
     db: Database
     tenant_id: str
@@ -50,7 +50,7 @@ class World:
             return int((await connection.exec_driver_sql("SELECT count(*) FROM content_checks")).scalar_one())
 
     async def make_due(self) -> None:
-        """Let all checks of contents be due, as an hour would."""
+        """Make all checks of contents due, as an hour would."""
         async with self.db.begin(SYSTEM) as connection:
             await connection.exec_driver_sql("UPDATE content_checks SET due_at = now()")
 

@@ -41,7 +41,7 @@ async def test_a_gateway_that_is_killed_leaves_nothing(stack: Stack) -> None:
         await asyncio.Event().wait()
 
     def written() -> bool:
-        """Whether the process has bytes of the draft on the disk."""
+        """Return whether the process has bytes of the draft on the disk."""
         for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
             with suppress(OSError):  # it has been closed
                 if descriptor.readlink().is_relative_to(drafts) and descriptor.stat().st_size >= 1_000_000:

@@ -1,4 +1,4 @@
-"""Files as the service keeps them: shared contents, ranges, quotas, expiry, and no race that loses bytes or leaves any behind."""
+"""The service of files: shared contents, ranges, quotas, expiry, and races, which neither lose bytes nor leave any behind."""
 
 import asyncio
 import hashlib
@@ -30,11 +30,11 @@ Step = Callable[[], Awaitable[object]]
 
 
 class SteppedObjects(Objects):
-    """A store that does something before or after one of its calls, or refuses to delete."""
+    """A store that runs a step before or after one of its calls, or refuses to delete."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__((folder / "store").as_uri())
-        #: By the name of a call and its number, from 1.
+        #: Steps by the name of a call and its number, from 1.
         self.steps: dict[tuple[str, int], Step] = {}
         self.calls: dict[str, int] = {}
         self.refuses = False
@@ -189,7 +189,7 @@ async def test_a_quota_is_for_what_a_tenant_uploads(world: World, quota: Quota, 
             await refused()
         assert raised.value.error_code == "file_quota_exceeded"
     assert (len(await world.keys()), await world.checks()) == (2, 0)
-    # The service's own files are never refused, and count.
+    # Files of the service itself are never refused, but count.
     await world.jobs.add(world.tenant_id, Purpose.BATCH_OUTPUT, "out.jsonl", pieces(b"9012"))
     await files.delete(world.tenant_id, first.id)
     with pytest.raises(TooLarge):
@@ -224,7 +224,7 @@ async def test_lists_are_in_the_order_of_creation(world: World) -> None:
 async def test_a_content_that_its_other_file_loses_during_an_upload_is_stored_again(world: World) -> None:
     objects = SteppedObjects(world.folder)
     twin = await world.upload(b"same")
-    # The content is there when the upload looks, and is deleted before the upload has the lock.
+    # The content exists when the upload looks, and is deleted before the upload has the lock.
     objects.steps["seen", 1] = lambda: world.gateway.delete(world.tenant_id, twin.id)
     file = await world.upload(b"same", files=world.made(objects=objects))
     assert (objects.calls["stored"], await content_of(world, file), await world.checks()) == (1, b"same", 0)
@@ -235,7 +235,7 @@ async def test_a_deletion_under_way_does_not_take_the_bytes_of_a_new_file(world:
     twin, uploads = await world.upload(b"same"), []
 
     async def begin_upload() -> None:
-        # The deletion holds the lock, and nothing has been deleted yet. The upload finds the content, and waits for the lock.
+        # The deletion holds the lock, and has deleted nothing yet. The upload finds the content, and waits for the lock.
         found = objects.calls.get("seen", 0)
         uploads.append(asyncio.create_task(world.upload(b"same", files=world.made(objects=objects))))
         await until(lambda: objects.calls.get("seen", 0) > found)
@@ -289,7 +289,7 @@ async def test_a_tenant_that_is_deleted_during_an_upload_leaves_nothing(world: W
     assert (await world.keys(), await world.checks()) == ([], 0)
 
 
-# What runs with the rows.
+# Changes in the transaction of the rows.
 
 
 async def test_files_and_what_belongs_to_them_are_added_together(world: World) -> None:
@@ -323,7 +323,7 @@ async def test_uploads_and_deletions_leave_records(world: World) -> None:
     assert [tuple(row) for row in found] == [("file.create", file.id, "req_1"), ("file.delete", file.id, "req_2")]
 
 
-# Expiry, and what dead processes leave.
+# Expiry, and the remains of dead processes.
 
 
 async def test_expired_files_do_not_exist_and_go(world: World) -> None:
@@ -367,11 +367,11 @@ async def test_an_upload_whose_process_dies_leaves_nothing(world: World, stage: 
     objects.steps[stage, 1] = stop
     upload = asyncio.create_task(world.upload(b"x", files=world.made(objects=objects)))
     await reached.wait()
-    # As if it were killed: nothing of its own cleaning runs.
+    # The process is killed, so its own cleaning does not run.
     upload.cancel()
     await asyncio.gather(upload, return_exceptions=True)
     assert (len(await world.keys()), await world.checks()) == (stage == "stored", 1)
-    assert await world.controller.sweep() == 0  # it might still be under way
+    assert await world.controller.sweep() == 0  # the upload might still run
     await world.make_due()
     assert await world.controller.sweep() == 1
     assert (await world.keys(), await world.checks()) == ([], 0)
@@ -388,7 +388,7 @@ async def test_what_a_dead_put_has_left_in_a_folder_goes(world: World) -> None:
     await rows.expect_contents(world.db, world.tenant_id, [sha256])
     await world.make_due()
     assert await world.controller.sweep() == 1
-    assert os.listdir(folder) == [young.name]  # its put may be under way
+    assert os.listdir(folder) == [young.name]  # its call of `put` may still run
 
 
 async def test_a_check_that_is_due_spares_a_content_with_a_file(world: World) -> None:
@@ -410,7 +410,7 @@ async def test_a_store_that_is_away_delays_a_deletion(world: World) -> None:
     controller = world.made(DatabaseRole.CONTROLLER, objects)
     with pytest.raises(Unavailable):
         await controller.sweep()
-    assert await controller.sweep() == 0  # it does not hold up others
+    assert await controller.sweep() == 0  # it does not delay others
     objects.refuses = False
     await world.make_due()
     assert await controller.sweep() == 1
@@ -425,7 +425,7 @@ async def test_a_store_that_hangs_holds_up_no_deletion(world: World, monkeypatch
     several = [await world.jobs.add(world.tenant_id, Purpose.USER_DATA, "a", pieces(bytes([n]))) for n in range(SETTLING_AT_ONCE + 5)]
     for file in several:
         await files.delete(world.tenant_id, file.id)
-    # Two wait for the store, and no more connections to the database than these are taken.
+    # Two calls wait for the store, and take no more connections to the database than these.
     assert (objects.calls["delete"], await world.checks(), len(await world.keys())) == (2, len(several), len(several))
     goes_on.set()
 

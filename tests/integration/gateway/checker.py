@@ -38,7 +38,7 @@ class Checker:
         self.open.set()
 
     async def check(self, request: Request) -> Response:
-        """Answer one question."""
+        """Respond to one question."""
         question = decode_question(await request.body())
         self.asked.append(name_of(question))
         self.models.append(request.query_params["model"])

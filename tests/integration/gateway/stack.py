@@ -86,7 +86,7 @@ class Replica:
         return (await self.counters())[2]
 
     def freeze(self) -> None:
-        """Suspend the engine: it still accepts connections, but does nothing more."""
+        """Suspend the engine: it still accepts connections, but does nothing else."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
@@ -105,7 +105,7 @@ class Stream:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All events except `[DONE]`."""
+        """Return all events except `[DONE]`."""
         return [json.loads(event) for event in self.raw if event != "[DONE]"]
 
     @property
@@ -115,7 +115,7 @@ class Stream:
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """The error event, which must be the last one."""
+        """The error event, which must be the last event."""
         errors = [event["error"] for event in self.events if "error" in event]
         assert len(errors) <= 1
         assert not errors or "error" in self.events[-1]
@@ -179,7 +179,7 @@ class Stack:
         return Tenant(tenant.id, key, row.id)
 
     async def adapter(self, tenant: Tenant, name: str, model: BaseModel, *, files: bool = True) -> str:
-        """Create a new live version of an adapter, and return the engines' name of it. Without its files it cannot be loaded."""
+        """Create a new live version of an adapter, and return the engines' name for it. Without its files it cannot be loaded."""
         content = secrets.token_hex(32)
         if files:
             weights = self.settings.home / f"{content}.safetensors"
@@ -222,7 +222,7 @@ class Stack:
 
         await until(ready)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(number)  # these are pytest's
+            asyncio.get_running_loop().remove_signal_handler(number)  # these belong to pytest
         url = found[0]["url"]
         return Replica(replica_id, url, await asyncio.to_thread(_pid_of, url), task)
 

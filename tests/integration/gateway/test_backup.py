@@ -1,4 +1,4 @@
-"""A backup of a running stack by deploy/backup, restored on another Postgres and in another object store, has everything and serves."""
+"""A backup of a running stack by deploy/backup, restored on another Postgres and in another object store, is complete and serves."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from tests.support.databases import ROLE_PASSWORD, login_url
 
 SCRIPTS = next(parent for parent in Path(__file__).parents if (parent / "pyproject.toml").exists()) / "deploy" / "backup"
 BIN = Path(str(distribution(WHEEL).locate_file(PROGRAMS))) / "bin"
-#: What supervisors write every few seconds.
+#: Columns that supervisors write every few seconds.
 MOVING = frozenset({"engine_time", "replicas"})
 
 
@@ -51,7 +51,7 @@ def rows(url: str) -> dict[str, list[str]]:
 
 @pytest.fixture
 def other_url(tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database of another Postgres, which has none of our roles."""
+    """The URL of an empty database of another Postgres, which has none of lmaas's roles."""
     with embedded.postgres(tmp_path / "other" / "data") as url:
         yield url
 
@@ -78,7 +78,7 @@ async def test_what_is_restored_is_what_was_backed_up(postgres_url: str, valkey_
             tokens = await ask(http, "base") + await ask(http, "robot")
             file_id = await uploaded(http)
         ledger = await stack.ledger(model, tenant)
-        # The login with the fewest rights that sees every row.
+        # The login with the fewest rights that can read every row.
         url = login_url(str(stack.settings.database_url), DatabaseRole.MIGRATOR).replace("postgresql+psycopg://", "postgresql://")
         made = await asyncio.to_thread(script, "backup.sh", backup, DATABASE_URL=url, OBJECTS=str(before / "objects"))
         assert made.returncode == 0, made.stderr
@@ -96,7 +96,7 @@ async def test_what_is_restored_is_what_was_backed_up(postgres_url: str, valkey_
 
 
 async def check_service(stack: Stack, tenant: Tenant, file_id: str, ledger: list[str]) -> None:
-    """Serve with the old key, the old adapter and the old file, and go on with the old ledger."""
+    """Serve with the old key, the old adapter and the old file, and continue the old ledger."""
     [model] = await list_base_models(stack.db)
     await stack.replica(model, "--fake-token-ms 1")
     async with stack.client(tenant) as http:

@@ -1,4 +1,4 @@
-"""What a model name means, and to whom."""
+"""The resolution of a model name, for each tenant."""
 
 import re
 
@@ -82,7 +82,7 @@ async def test_the_same_name_is_each_tenants_own(db: Database, acme: Tenant, oth
 
 async def test_everything_else_is_the_same_not_found(db: Database, acme: Tenant, other: Tenant) -> None:
     catalog = Catalog(db)
-    await catalog.resolve(other.id, "secret")  # known to the cache, for its owner
+    await catalog.resolve(other.id, "secret")  # known to the cache, but only for its owner
     names = [
         *("made-up", "secret", "secret@1", "draft", "bot@3", "bot@0", "bot@01", "bot@", "@1", "bot@1@1", "bot@-1", "bot@9999999999"),
         *("bot@٣", f"{acme.id}-{NEW}", f"{other.id}-{THEIRS}", "base-model@1", "BOT", "Bot", "b\u043et", "\uff42ot", "bot\u200b", "bot\n"),

@@ -1,4 +1,4 @@
-"""What clients see while a new grammar of theirs is checked."""
+"""Responses to clients while a new grammar of theirs is checked."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ async def tenant(service: Service) -> AsyncIterator[Tenant]:
 
 
 def ask(schema: str, **more: Any) -> dict[str, Any]:
-    """A request with a schema of this name."""
+    """Return a request with a schema of this name."""
     form = {"type": "json_schema", "json_schema": {"name": schema, "schema": {"title": schema}}}
     return {"model": "base", "max_tokens": 4, "messages": HI, "response_format": form} | more
 
@@ -76,7 +76,7 @@ async def test_a_client_that_leaves_uses_nothing(service: Service, tenant: Tenan
     service.checker.open.set()
     async with service.stack.client(tenant) as http:
         assert (await http.post(CHAT, json=ask(f"left {stream}"))).status_code == 200
-    assert len(service.checker.asked) == 1  # what it had asked for is known
+    assert len(service.checker.asked) == 1  # the verdict of the earlier request is known
     assert len(await service.stack.told(service.model)) >= 1
     assert len(await service.stack.ledger(service.model, tenant)) == 1
 
@@ -90,13 +90,13 @@ async def test_a_check_ends_at_the_deadline_of_the_queue(service: Service, tenan
 
 
 def required(**function: Any) -> dict[str, Any]:
-    """A request whose call is required, of a tool that the grammar library cannot enforce."""
+    """Return a request that requires a call of a tool which the grammar library cannot enforce."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "items": [{}]}} | function}
     return {"model": "base", "max_tokens": 4, "messages": HI, "tools": [tool], "tool_choice": "required"}
 
 
 def no_strict_tools(question: Question) -> Verdict:
-    """Refuse tools that are strict."""
+    """Refuse strict tools."""
     tools: Any = question.parameters.get("tools", [])
     strict = any(tool["function"].get("strict") for tool in tools)
     return Verdict(INVALID, "The tools' parameters cannot be used: no.", "tools") if strict else Verdict()

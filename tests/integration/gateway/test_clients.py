@@ -1,4 +1,4 @@
-"""What clients' libraries do, with OpenAI's own: tool loops, older forms, and what an answer says of the service."""
+"""Typical uses by clients' libraries, with OpenAI's own: tool loops, older forms, and headers that describe the service."""
 
 import json
 from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ class Service:
     openai: AsyncOpenAI
 
     async def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The answer to a plain request."""
+        """Return the response to a plain request."""
         prompt: dict[str, Any] = {"messages": [QUESTION]} if path == CHAT else {"prompt": "one two three"}
         async with self.stack.client(self.tenant) as http:
             response = await http.post(path, json={"model": "base", "max_tokens": 5} | prompt | body)

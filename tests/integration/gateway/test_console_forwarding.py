@@ -1,4 +1,4 @@
-"""The gateway forwards /console to the console's process, and nothing else."""
+"""The gateway forwards only /console to the console's process."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from tests.support.processes import free_port
 
 
 class Behind:
-    """A server in the console's place, which reports what it was sent."""
+    """A server in the console's place, which reports what it received."""
 
     def __init__(self) -> None:
         self.more, self.left = asyncio.Event(), asyncio.Event()
@@ -94,7 +94,7 @@ async def test_requests_and_answers_are_forwarded_as_they_are(stack: Stack, behi
         assert (await http.post("/console/upload", content=pieces())).json()["size"] == 10_000
         assert (await http.get("/consoles")).status_code == 404
         assert (await http.delete("/console/x")).status_code == 405
-        # A stream comes as it is sent, and ends for the console when the client leaves.
+        # A stream is passed on at once, and ends for the console when the client disconnects.
         async with http.stream("GET", "/console/live") as live:
             content = live.aiter_raw()
             assert await anext(content) == b"first"

@@ -1,4 +1,4 @@
-"""What OpenAI's endpoints answer is as the OpenAPI document describes it. Other tests compare everything that their clients receive."""
+"""Responses of OpenAI's endpoints match the OpenAPI document. Other tests compare everything that their clients receive."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

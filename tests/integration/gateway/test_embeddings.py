@@ -1,4 +1,4 @@
-"""Embeddings, rankings and scores as clients see them: forms of input, batches, errors, fairness, lost engines and the ledger."""
+"""Embeddings, rankings and scores over HTTP: forms of input, batches, errors, fairness, lost engines and the ledger."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ BODIES: dict[str, dict[str, Any]] = {
     SCORE: {"model": "embedder", "text_1": "three", "text_2": ["one two", "three"]},
 }
 PATHS = pytest.mark.parametrize("path", list(BODIES))
-#: More than the context of 256 tokens, in fewer characters than an input of ordinary words that fits.
+#: An input that exceeds the context of 256 tokens in fewer characters than an input of ordinary words that fits.
 TOO_LONG = "a " * 300
 
 
@@ -71,7 +71,7 @@ async def tenant(service: Service) -> Tenant:
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None) -> str:
-    """Check the one shape of errors, and return the message."""
+    """Check the shape of an error, and return its message."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert list(error) == ["message", "type", "param", "code"]
@@ -124,7 +124,7 @@ async def test_openais_client_reads_2048_inputs_as_base64_and_as_numbers(service
 
 
 async def test_langchain_embeds_documents_and_queries(service: Service, tenant: Tenant) -> None:
-    # Without this setting, LangChain sends the token ids of OpenAI's tokenizer, whatever the model.
+    # Without this setting, LangChain sends the token ids of OpenAI's tokenizer for every model.
     settings: dict[str, Any] = {"model": "embedder", "base_url": f"{service.stack.url}/v1", "check_embedding_ctx_length": False}
     async with httpx.AsyncClient() as http:
         model = OpenAIEmbeddings(**settings, api_key=SecretStr(tenant.key), http_async_client=http)
@@ -301,7 +301,7 @@ async def slow(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.Temp
 
 
 async def counters_equal_the_ledger(slow: Slow) -> None:
-    """Check that the engine's counter has the tokens of all events, those of its probe included."""
+    """Check that the engine's counter equals the tokens of all events, including those of its probe."""
     await slow.stack.idle(slow.model)
     events = await slow.stack.ledger(slow.model)
     assert sum(event.prompt_tokens for event in events) == (await slow.replica.counters())[0]

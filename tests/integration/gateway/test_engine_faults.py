@@ -1,4 +1,4 @@
-"""Engines that stand still or die of a request: they are taken out of service, and other requests are served."""
+"""Engines that hang, or that a request crashes: they are taken out of service, and other requests are served."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -51,15 +51,15 @@ async def test_an_engine_that_stands_still_is_ejected_while_others_flow(
     await until(lambda: begun.tokens >= 3)
     other = await stack.replica(model, "--fake-token-ms 30")
     frozen.freeze()
-    # Some of these go to the one that stands still: its connection stands, and it takes them.
+    # Some of these go to the engine that hangs: its connection is open, and it accepts them.
     plain = [asyncio.create_task(post(stack, tenant, ask(6))) for _ in range(12)]
     flowing = Stream()
     tasks.append(asyncio.create_task(stack.stream(tenant, COMPLETION, ask(30), flowing)))
     await until(lambda: sum(task.done() for task in plain) >= 4)
-    assert not frozen.task.done(), "others flow before it is noticed"
-    # What it had taken is delivered again.
+    assert not frozen.task.done(), "other requests are served before the hang is noticed"
+    # The requests that the engine had taken are delivered again.
     assert [response.status_code for response in await asyncio.gather(*plain)] == [200] * 12
-    frozen.kill()  # it has ten seconds to end by itself, which it cannot use
+    frozen.kill()  # it has ten seconds to end by itself, but is suspended
     await until(frozen.task.done)
     ending = frozen.task.result()
     assert ending.state is Observed.FAILED
@@ -78,7 +78,7 @@ async def test_an_engine_that_stands_still_is_ejected_while_others_flow(
 async def test_an_engine_that_makes_no_token_is_ejected_although_its_server_responds(
     stack: Stack, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As when the engine core hangs in the mask of a grammar: the server is another process.
+    # Imitates an engine core that hangs in the mask of a grammar: the server is another process.
     model = await stack.model("base", slots=4)
     hung = await stack.replica(model, "--fake-token-ms 8000")
     monkeypatch.setattr(supervisor, "STALL_S", 1.0)
@@ -104,7 +104,7 @@ async def test_an_engine_whose_grammar_thread_stands_still_is_replaced_and_plain
     model = await stack.model("base", slots=4)
     stuck = await stack.replica(model, "--fake-token-ms 30")
     schema = {"response_format": {"type": "json_object"}}
-    # It makes tokens all the time, so its liveness does not show it.
+    # The engine generates tokens all the time, so its liveness check does not notice it.
     asked = [asyncio.create_task(post(stack, tenant, body)) for body in (ask(1000), ask(1000) | schema)]
 
     async def both_run() -> bool:
@@ -139,7 +139,7 @@ async def test_a_request_that_takes_down_two_engines_is_quarantined(stack: Stack
         return sum(replica.task.done() for replica in replicas)
 
     await until(lambda: dead() == 2)
-    # The third never met it.
+    # The third engine never received the request.
     assert (await post(stack, tenant, ask(6))).status_code == 200
     assert dead() == 2
     told = await stack.told_once(model, 2)

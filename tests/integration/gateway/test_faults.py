@@ -1,4 +1,4 @@
-"""What holds when engines, clients, gateways or Redis fail while requests are under way."""
+"""Promises that hold when engines, clients, gateways or Redis fail while requests run."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.support.conditions import until, within
 
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
 LONG = 2000
-#: An engine whose streams last long enough to lose it in between.
+#: Arguments of an engine whose streams are long enough for a failure in the middle.
 SLOW = "--fake-token-ms 30"
 
 
@@ -49,7 +49,7 @@ async def post(stack: Stack, tenant: Tenant, path: str, body: dict[str, Any], ur
 
 
 async def runs(replica: Replica, sequences: int = 1) -> None:
-    """Wait until the engine works on so many sequences."""
+    """Wait until the engine runs this many sequences."""
 
     async def busy() -> bool:
         return await replica.running() >= sequences
@@ -58,7 +58,7 @@ async def runs(replica: Replica, sequences: int = 1) -> None:
 
 
 async def granted(stack: Stack, model: BaseModel, slots: int) -> None:
-    """Wait until so many slots are taken."""
+    """Wait until this many slots are taken."""
 
     async def taken() -> bool:
         return bool((await stack.scheduler.stats(model.id))["load"] == slots)
@@ -67,7 +67,7 @@ async def granted(stack: Stack, model: BaseModel, slots: int) -> None:
 
 
 async def queued(stack: Stack, model: BaseModel, tickets: int) -> None:
-    """Wait until so many requests wait."""
+    """Wait until this many requests wait."""
 
     async def wait() -> bool:
         return bool((await stack.scheduler.stats(model.id))["queued"] == tickets)
@@ -115,7 +115,7 @@ async def test_an_engine_lost_twice_is_given_up(stack: Stack, model: BaseModel, 
     for response in await asyncio.gather(plain, stream):
         assert (response.status_code, response.json()["error"]["code"]) == (502, "engine_failed")
     assert usage(await stack.told_once(model, 2)) == [("failed", "engine_failed", 0)] * 2
-    assert (await third.counters())[1] == 1  # its probe: nobody was sent to a third
+    assert (await third.counters())[1] == 1  # its probe: no request went to a third replica
     await stack.idle(model)
 
 
@@ -123,7 +123,7 @@ async def test_an_engine_lost_twice_is_given_up(stack: Stack, model: BaseModel, 
 async def test_an_engine_that_ends_a_plain_request_by_itself_is_not_paid_for_it(
     stack: Stack, model: BaseModel, tenant: Tenant, path: str
 ) -> None:
-    """As when somebody else aborts it. It is delivered once more; nothing of either attempt has reached the client."""
+    """An abort by another party ends the request like this. It is delivered once more; nothing of either attempt has reached the client."""
     replica = await stack.replica(model, SLOW)
     task = asyncio.create_task(post(stack, tenant, path, ask(path, tokens=LONG)))
     for _ in range(2):
@@ -147,7 +147,7 @@ async def test_an_engine_lost_in_the_middle_is_an_error_event(stack: Stack, mode
     bodies = [ask(path, tokens=LONG), ask(path, tokens=LONG, n=3)]
     tasks = [asyncio.create_task(stack.stream(tenant, path, body, got)) for got, body in zip(streams, bodies, strict=True)]
     await until(lambda: all(got.tokens >= 9 for got in streams) or any(task.done() for task in tasks))
-    await stack.replica(model)  # of no use to a stream that has begun
+    await stack.replica(model)  # too late for a stream that has begun
     replica.kill()
     await asyncio.gather(*tasks)
     for got in streams:
@@ -234,7 +234,7 @@ async def _some_tokens(replica: Replica, more_than: int) -> None:
 
 
 async def test_a_client_that_goes_before_the_engine_knows_its_request_stops_it_too(stack: Stack, model: BaseModel, tenant: Tenant) -> None:
-    """While the engine still reads the prompt, an abort finds nothing to end."""
+    """While the engine still reads the prompt, an abort finds no request to end."""
     replica = await stack.replica(model, "--fake-token-ms 10 --fake-accept-ms 400")
     before = await replica.counters()
     task = asyncio.create_task(post(stack, tenant, CHAT, ask(CHAT, tokens=LONG)))
@@ -281,7 +281,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(
 ) -> None:
     monkeypatch.setattr(server, "CLIENT_STALL_S", 0.5)
     replica = await stack.replica(model, "--fake-token-ms 0")
-    body = ask(COMPLETION, tokens=LONG, n=16, stream=True, prompt=["a"] * 8)  # many megabytes: no socket's buffer holds them
+    body = ask(COMPLETION, tokens=LONG, n=16, stream=True, prompt=["a"] * 8)  # many megabytes, more than any socket's buffer holds
     async with stack.client(tenant) as http, http.stream("POST", COMPLETION, json=body) as response:
         assert response.status_code == 200
         (event,) = await stack.told_once(model, 1)
@@ -392,7 +392,7 @@ async def test_a_redis_that_loses_its_memory_costs_no_request(stack: Stack, mode
     await stack.replica(model)
     assert (await elsewhere).status_code == 200
 
-    # What was told just before the loss is told again.
+    # Events that were recorded just before the loss are recorded again.
     async def known() -> bool:
         events = await stack.ledger(small, tenant)
         return len([event for event in events if event.base_model == "small"]) == 6

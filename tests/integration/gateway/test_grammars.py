@@ -1,4 +1,4 @@
-"""Which grammars a gateway lets pass, what it asks a checker, and what it remembers."""
+"""The gateway's view of grammars: which it admits, which it sends to a checker, and which verdicts it remembers."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ def grammar(name: str) -> dict[str, Any]:
 
 
 async def admit(grammars: Grammars, tenant: str, model: BaseModel, path: str, parameters: dict[str, Any], max_waiting: int = 100) -> bool:
-    """Whether the grammar passes; False if there is no checker. Raises what a client would get."""
+    """Return whether the grammar passes; False if there is no checker. Raises the error that a client would get."""
     lookup = grammars.look_up(tenant, model, path, parameters, "response_format")
     try:
         verdict = lookup.verdict or await grammars.check(tenant, lookup, max_waiting)
@@ -43,7 +43,7 @@ async def admit(grammars: Grammars, tenant: str, model: BaseModel, path: str, pa
 
 
 class Clock:
-    """A clock that stands still."""
+    """A clock that the test moves."""
 
     now = 1000.0
 
@@ -61,7 +61,7 @@ async def checker(redis: Redis) -> AsyncIterator[Checker]:
 
 @pytest.fixture
 async def grammars(redis: Redis) -> AsyncIterator[Grammars]:
-    """The view of a gateway without a past, whose clock stands still."""
+    """A gateway's grammars without remembered verdicts, with a clock that the test moves."""
     async with EngineClient() as client:
         yield Grammars(CheckerHosts(redis, client, Clock()), GatewayMetrics(), Clock())
 
@@ -77,7 +77,7 @@ async def test_requests_that_come_together_share_one_check(checker: Checker, gra
     checker.open.clear()
     waiting = [asyncio.create_task(admit(grammars, "a", MODEL, CHAT, grammar("one"))) for _ in range(20)]
     await until(lambda: checker.asked)
-    waiting[0].cancel()  # a client that leaves takes nothing from the others
+    waiting[0].cancel()  # a client that disconnects takes nothing from the others
     checker.open.set()
     assert await asyncio.gather(*waiting[1:]) == [True] * 19
     assert checker.asked == ["one"]
@@ -120,7 +120,7 @@ async def test_a_checker_that_fails_is_unavailable(checker: Checker, grammars: G
 
 async def test_a_checker_that_is_gone_is_looked_for_again(redis: Redis, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checker_hosts, "RETRY_S", 0.3)
-    assert not await admit(grammars, "a", MODEL, CHAT, grammar("one"))  # none is known
+    assert not await admit(grammars, "a", MODEL, CHAT, grammar("one"))  # no verdict is known
     async with serving() as first:
         await redis.set(key_of(), first.url)
         assert await admit(grammars, "a", MODEL, CHAT, grammar("one"))
@@ -179,7 +179,7 @@ async def test_a_tenants_checks_run_one_at_a_time(checker: Checker, grammars: Gr
 
 
 def deep(levels: int) -> dict[str, Any]:
-    """A schema that is nested."""
+    """Return a schema that is nested this deep."""
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(levels):
         schema = {"items": schema}
@@ -203,7 +203,7 @@ async def test_one_tenants_slow_checks_do_not_hold_up_anothers_same_grammar(chec
     await until(lambda: checker.asked == ["s0", "common"])
     checker.open.set()
     assert await asyncio.gather(*slow, other) == [True] * 4
-    assert checker.asked == ["s0", "common", "s1"]  # the second of the two was known by then
+    assert checker.asked == ["s0", "common", "s1"]  # the second verdict was known by then
 
 
 async def test_checks_that_are_in_line_stop_when_the_time_is_used_up(checker: Checker, grammars: Grammars) -> None:

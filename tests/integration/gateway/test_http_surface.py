@@ -1,4 +1,4 @@
-"""What clients of all kinds send to a running gateway: keys, slashes, methods, encodings, old versions of HTTP, browsers."""
+"""Unusual requests to a running gateway: keys, slashes, methods, encodings, old versions of HTTP, browsers."""
 
 import asyncio
 import gzip
@@ -32,12 +32,12 @@ class Service:
     operator: str
 
     def client(self, **headers: str) -> httpx.AsyncClient:
-        """A client with these headers and no others of ours."""
+        """Return a client with these headers and no others of lmaas."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return httpx.AsyncClient(base_url=self.stack.url, headers=named, timeout=60)
 
     async def raw(self, request: bytes) -> bytes:
-        """What comes back on a connection, to its end."""
+        """Return everything that a connection receives until it closes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", int(self.stack.url.rpartition(":")[2]))
         try:
             writer.write(request)
@@ -120,7 +120,7 @@ async def test_a_slash_at_the_end_and_head_wherever_there_is_get(service: Servic
     assert head.content == b""
     if path != "/metrics":
         assert int(head.headers["content-length"]) == len(plain.content)
-        # Anthropic's errors have the request's id.
+        # Anthropic's errors contain the request's id.
         assert re.sub(rb"req_\w+", b"", slash.content) == re.sub(rb"req_\w+", b"", plain.content)
 
 
@@ -134,7 +134,7 @@ async def test_a_compressed_request(service: Service, coding: str, pack: Any, st
         assert response.status_code == 200
         assert response.text.endswith("data: [DONE]\n\n") is stream
         refused = await http.post("/v1/adapters/x/activate", content=pack(b'{"version": 1}'), headers=headers)
-        assert refused.status_code == 404, "read, and the adapter does not exist"
+        assert refused.status_code == 404, "the name was read, and the adapter does not exist"
 
 
 @PATHS
@@ -156,7 +156,7 @@ async def test_how_long_it_took_is_told(service: Service, path: str, stream: boo
 async def test_old_and_eager_clients(service: Service, version: str, upgrade: str, stream: bool) -> None:
     body = json.dumps(BODY | {"stream": stream}).encode()
     headers = f"{upgrade}host: x\r\nauthorization: Bearer {service.tenant.key}\r\ncontent-length: {len(body)}\r\n"
-    # A second request on the same connection ends it, where the first does not.
+    # If the first request leaves the connection open, a second request on it closes it.
     last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     request = f"POST {CHAT} HTTP/{version}\r\n{headers}\r\n".encode() + body
     got = await (exchange(service, request, last) if version == "1.1" else service.raw(request))
@@ -176,7 +176,7 @@ async def test_old_and_eager_clients(service: Service, version: str, upgrade: st
 
 
 async def exchange(service: Service, request: bytes, last: bytes) -> bytes:
-    """The answers to a request and, once it is answered, to another one that ends the connection."""
+    """Return the responses to a request and to a second one on the same connection, which closes it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(service.stack.url.rpartition(":")[2]))
     try:
         writer.write(request)
@@ -223,6 +223,6 @@ async def test_readyz_waits_for_the_file_that_ends_the_setup(service: Service, t
         assert closed.headers["retry-after"] == "1"
         assert (await http.get("/healthz")).status_code == 200
         key = {"authorization": f"Bearer {service.tenant.key}"}
-        assert (await http.get("/v1/models", headers=key)).status_code == 200, "requests are served: the manifests are applied that way"
+        assert (await http.get("/v1/models", headers=key)).status_code == 200, "requests are served: applying manifests needs them"
         ready.touch()
         assert (await http.get("/readyz")).json() == {"status": "ready"}

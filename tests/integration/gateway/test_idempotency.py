@@ -1,4 +1,4 @@
-"""Requests with an `Idempotency-Key`: one runs, and for a day the others get its answer."""
+"""Requests with an `Idempotency-Key`: one of them runs, and the others get its response for a day."""
 
 import asyncio
 import os
@@ -30,13 +30,14 @@ LONG = 2000
 
 @pytest.fixture(autouse=True)
 def up_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Postgres, which was started for these tests."""
+    """Treat Postgres, which has just been started for these tests, as up for an hour."""
     monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(hours=1))
 
 
 @dataclass(frozen=True)
 class Service:
-    """A stack with a model that is served, slowly enough to come in between, one that is not, and two that are when a test wants it."""
+    """A stack with a model that is served slowly enough to act during a request, one without an engine, and two whose engines tests
+    start."""
 
     stack: Stack
     model: BaseModel
@@ -46,28 +47,28 @@ class Service:
     replica: Replica
 
     async def send(self, tenant: Tenant, body: dict[str, Any], key: str = "k", *, path: str = CHAT, url: str = "") -> httpx.Response:
-        """A request under a key; its whole answer, also if it is a stream."""
+        """Send a request with a key; return its whole response, also if it is a stream."""
         async with self.stack.client(tenant, url) as http:
             return await http.post(path, json=body, headers={"idempotency-key": key})
 
     async def tokens(self) -> int:
-        """What the engine has generated so far."""
+        """Return the number of tokens that the engine has generated so far."""
         return (await self.replica.counters())[1]
 
     async def rows(self, tenant: Tenant) -> list[tuple[str, int | None]]:
-        """State and size of the tenant's rows."""
+        """Return state and size of the tenant's rows."""
         async with self.stack.db.begin(SYSTEM) as connection:
             query = text("SELECT state, length(answer) FROM idempotency WHERE tenant_id = :tenant")
             return [(state, size) for state, size in await connection.execute(query, {"tenant": tenant.id})]
 
     async def age(self, tenant: Tenant, interval: str) -> None:
-        """Let time pass for the tenant's rows."""
+        """Age the tenant's rows."""
         async with self.stack.db.begin(SYSTEM) as connection:
             query = text("UPDATE idempotency SET seen_at = seen_at - CAST(:age AS interval) WHERE tenant_id = :tenant")
             await connection.execute(query, {"age": interval, "tenant": tenant.id})
 
     async def has(self, tenant: Tenant, states: list[str]) -> bool:
-        """Whether the tenant's rows are in these states."""
+        """Return whether the tenant's rows are in these states."""
         return sorted(state for state, _ in await self.rows(tenant)) == states
 
     async def running(self, tenant: Tenant) -> None:
@@ -137,7 +138,7 @@ async def test_openais_client_gets_the_same_answers(service: Service, tenant: Te
         plain = [await client.chat.completions.create(model="base", messages=HI, max_tokens=9, extra_headers=key) for _ in range(2)]
         assert plain[0] == plain[1]
         streams = []
-        for _ in range(3):  # at once after [DONE], the answer is there to be replayed
+        for _ in range(3):  # the response can be replayed as soon as [DONE] was sent
             stream = await client.chat.completions.create(model="base", messages=HI, max_tokens=9, stream=True, extra_headers=streamed)
             streams.append([chunk async for chunk in stream])
         assert streams[0] == streams[1] == streams[2]
@@ -205,7 +206,7 @@ async def test_after_a_day_the_request_runs_anew(service: Service, tenant: Tenan
     await service.age(tenant, "23 hours 59 minutes")
     assert (await service.send(tenant, ask())).content == first.content
     await service.age(tenant, "2 minutes")
-    second = await service.send(tenant, ask(tokens=4))  # nobody remembers the other body
+    second = await service.send(tenant, ask(tokens=4))  # the other body is forgotten
     assert "idempotency-replayed" not in second.headers
     assert (await service.send(tenant, ask(tokens=4))).content == second.content != first.content
 
@@ -261,7 +262,7 @@ async def test_a_stream_that_an_engine_broke_off_runs_anew(service: Service, ten
     await task
     assert got.error is not None
     assert got.error["code"] == "engine_failed"
-    assert await service.rows(tenant) == []  # before the client heard of the end
+    assert await service.rows(tenant) == []  # before the client received the end
     await service.stack.replica(pool, "--fake-token-ms 1")
     again = await service.send(tenant, body | {"stream": True})
     assert (again.status_code, again.text.endswith("data: [DONE]\n\n")) == (200, True)
@@ -336,7 +337,7 @@ async def test_keys_that_are_none(service: Service, tenant: Tenant) -> None:
             assert response.json()["error"]["param"] == "Idempotency-Key"
         for key in ("x" * 255, "'; DROP TABLE idempotency; --", "a b"):
             assert (await http.post(CHAT, json=ask(tokens=1), headers={"idempotency-key": key})).status_code == 200
-    # What is malformed, or nobody's, claims nothing.
+    # Malformed requests, and those with an invalid API key, claim nothing.
     before = await service.rows(tenant)
     assert len(before) == 3
     check_error(await service.send(tenant, ask(n=129)), 400, "out_of_range")
@@ -357,7 +358,7 @@ async def test_a_deleted_tenants_answers_go(service: Service, tenant: Tenant) ->
 
 @contextmanager
 def _away(url: str) -> Iterator[None]:
-    """Postgres refuses this database for the length of the block, as when it is down."""
+    """Make Postgres refuse this database during the block, as when it is down."""
     admin = create_engine(driver_url(make_url(url).set(database="postgres").render_as_string(False)), isolation_level="AUTOCOMMIT")
     name = make_url(url).database
     try:
@@ -384,7 +385,7 @@ async def test_without_postgres_such_requests_are_not_accepted_and_others_flow(s
             for key in ("new", "kept"):
                 check_error(await service.send(tenant, ask(), key), 503, "database_unavailable", retry=True)
             assert (await http.post(CHAT, json=ask())).status_code == 200
-            # Its answer comes all the same, and is kept when Postgres is back; so is the word that another one failed.
+            # The response still arrives, and is stored when Postgres is back; so is the failure of the other request.
             answer = await runs
             assert answer.status_code == 200
             failed.cancel()

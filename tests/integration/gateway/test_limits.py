@@ -1,4 +1,4 @@
-"""Limits over HTTP: exact over two gateways, told in OpenAI's way, and given back."""
+"""Limits over HTTP: exact over two gateways, reported in OpenAI's headers, and given back."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ class Service:
     cold: BaseModel
 
     async def limited(self, **limits: int) -> Tenant:
-        """A tenant with these limits."""
+        """Return a tenant with these limits."""
         tenant = await self.stack.tenant()
         await update_tenant(self.stack.db, tenant.id, dict(limits))
         return tenant
@@ -39,7 +39,7 @@ class Service:
 
 
 def body(max_tokens: int = 4, model: str = "base") -> dict[str, object]:
-    # 8 tokens of template and "hi" as 1: 9, by estimate.
+    # The estimate is 9: 8 tokens of template, and 1 for "hi".
     return {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": max_tokens, "ignore_eos": True}
 
 
@@ -72,7 +72,7 @@ async def test_64_at_once_against_tokens_per_minute(service: Service) -> None:
     used = sum(answer.json()["usage"]["total_tokens"] for answer in answers if answer.status_code == 200)
     async with service.stack.client(tenant) as http:
         answer = await http.post(CHAT, json=body(max_tokens=1))
-    # Settled to the truth: what is left is what the answers did not use.
+    # Settled to actual usage: the limit still has everything that the responses did not use.
     left = int(answer.headers["x-ratelimit-remaining-tokens"])
     assert left == max(0, 1000 - used - 10) or answer.status_code == 429
 

@@ -1,4 +1,4 @@
-"""Anthropic's Messages protocol as its own SDK sees it, and the promises that hold for every protocol."""
+"""Anthropic's Messages protocol with its own SDK, and the promises that hold for every protocol."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -39,12 +39,12 @@ class Service:
         return AsyncAnthropic(base_url=self.stack.url, api_key=tenant.key if tenant else new_key(), max_retries=0, **more)
 
     async def post(self, tenant: Tenant | None, path: str = PATH, **more: Any) -> httpx.Response:
-        """A plain request."""
+        """Send a plain request."""
         async with self.stack.client(tenant) as http:
             return await http.post(path, json=body(**more))
 
     async def stream(self, tenant: Tenant, got: bytearray | None = None, url: str = "", **more: Any) -> Checked:
-        """A stream, as far as it comes."""
+        """Read a stream until it ends or breaks off."""
         received = bytearray() if got is None else got
         async with self.stack.client(tenant, url) as http, http.stream("POST", PATH, json=body(stream=True, **more)) as response:
             assert response.status_code == 200, await response.aread()
@@ -131,7 +131,8 @@ async def test_a_stop_sequence(service: Service, tenant: Tenant, stream: bool) -
 
 
 async def test_the_request_pattern_of_claude_code(service: Service, tenant: Tenant) -> None:
-    """Large system blocks with `cache_control`, many tools, and a conversation that grows: its beginning is found in the cache."""
+    """The request pattern has large system blocks with `cache_control`, many tools, and a growing conversation whose beginning is found in
+    the cache."""
     cached = {"cache_control": {"type": "ephemeral"}}
     tools = [WEATHER | {"name": f"tool{number}", "description": "Does it. " * 50} | cached for number in range(150)]
     system = [{"type": "text", "text": "You are an agent. " * 80} | cached, {"type": "text", "text": "Be brief. " * 60} | cached]

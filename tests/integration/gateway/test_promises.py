@@ -1,6 +1,5 @@
-"""What the service promises for every protocol that generates text, by the same tests for each: one usage event with exact tokens, limits,
-idempotency, other tenants' models, refusals that cost nothing, retries before the first byte, and failures in the middle.
-"""
+"""The promises of every protocol that generates text, by the same tests for each: one usage event with exact tokens, limits, idempotency,
+other tenants' models, refusals without cost, retries before the first byte, and failures in the middle."""
 
 import asyncio
 import json
@@ -22,30 +21,30 @@ from tests.support.response_streams import check as check_response_stream
 
 @dataclass(frozen=True)
 class Protocol:
-    """One endpoint: how a request is written, and what its answers say."""
+    """One endpoint: the shape of its requests and of its responses."""
 
     path: str
     prompt: dict[str, Any]
     limit: str
-    #: The names of the prompt's and the answer's tokens in the usage.
+    #: The names in the usage of the prompt's and the completion's tokens.
     counts: tuple[str, str]
-    #: A part of every event with a piece of the answer.
+    #: A part of every event that has a piece of the completion.
     piece: bytes
-    #: Returns the code of the error with which a stream has ended, None for one without an error. Checks the stream.
+    #: Checks a stream, and returns the code of the error with which it ended, or None.
     failure: Callable[[bytes], str | None]
 
     def body(self, model: str = "base", tokens: int = 6, **more: Any) -> dict[str, Any]:
-        """A request."""
+        """Return a request."""
         return {"model": model, self.limit: tokens} | self.prompt | more
 
     def tokens(self, answer: dict[str, Any]) -> tuple[int, int]:
-        """The tokens of the prompt and of the answer."""
+        """Return the tokens of the prompt and of the completion."""
         prompt, made = (answer["usage"][name] for name in self.counts)
         return prompt, made
 
 
 def openai_failure(stream: bytes) -> str | None:
-    """The code of OpenAI's error event. Without one, the stream ends with its mark."""
+    """Return the code of OpenAI's error event. Without one, the stream ends with its mark."""
     events = [block.removeprefix(b"data: ") for block in stream.split(b"\n\n") if block.startswith(b"data: ")]
     if events[-1] == b"[DONE]":
         return None
@@ -54,13 +53,13 @@ def openai_failure(stream: bytes) -> str | None:
 
 
 def response_failure(stream: bytes) -> str | None:
-    """The code of a failed response."""
+    """Return the code of a failed response."""
     error = check_response_stream(stream).response["error"]
     return None if error is None else str(error["code"])
 
 
 def message_failure(stream: bytes) -> str | None:
-    """The type of the error event."""
+    """Return the type of the error event."""
     error = check_stream(stream).error
     return None if error is None else str(error["type"])
 
@@ -87,7 +86,7 @@ class Service:
     replica: Replica
 
     async def post(self, tenant: Tenant, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
-        """A request whose whole answer is read."""
+        """Send a request, and read its whole response."""
         async with self.stack.client(tenant) as http:
             return await http.post(path, json=body, headers=headers)
 

@@ -1,4 +1,4 @@
-"""A gateway logs one line for each request, whatever became of it, and no text of a tenant."""
+"""A gateway logs one line for each request, whatever its outcome, and no text of a tenant."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ SECRET = "the-secret-word"
 
 @dataclass
 class Logged:
-    """A gateway whose request log is kept, and a tenant with an adapter."""
+    """A gateway whose request log the test can read, and a tenant with an adapter."""
 
     stack: Stack
     url: str

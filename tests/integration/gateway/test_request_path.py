@@ -1,4 +1,4 @@
-"""The request path as clients see it: answers, names, usage, waiting and refusals."""
+"""The request path over HTTP: responses, names, usage, waiting and refusals."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETION])
 
 @dataclass(frozen=True)
 class Service:
-    """A stack that serves the model `base`, and knows the models `cold`, for which no engine runs, and `warming-up`, for which one will."""
+    """A stack with the models `base`, which is served, `cold`, which has no engine, and `warming-up`, whose engine is expected."""
 
     stack: Stack
     base: BaseModel
@@ -33,11 +33,11 @@ class Service:
     replica: Replica
 
     def openai(self, tenant: Tenant) -> AsyncOpenAI:
-        """OpenAI's own client, without retries of its own."""
+        """Return OpenAI's own client, without retries of its own."""
         return AsyncOpenAI(base_url=f"{self.stack.url}/v1", api_key=tenant.key, max_retries=0)
 
     async def post(self, tenant: Tenant | None, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
-        """A plain request."""
+        """Send a plain request."""
         async with self.stack.client(tenant) as http:
             return await http.post(path, json=body, headers=headers)
 
@@ -60,7 +60,7 @@ def ask(path: str, model: str = "base", *, tokens: int = 6, **more: Any) -> dict
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    """The one shape of errors, with what tells a client whether to try again."""
+    """Check the shape of an error and its retry headers; return the error."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"].startswith("req_")
@@ -177,7 +177,7 @@ async def test_tenants_see_the_name_that_they_asked_for_and_never_the_engines(se
         texts[model] = choice["message"]["content"] if path == CHAT else choice["text"]
         assert "".join(got.texts()[0]) == texts[model]
     assert texts["support-bot"] == texts["support-bot@1"] != texts["base"]
-    # Another upload goes live; the pinned name stays with the first.
+    # Another upload becomes live; the pinned name keeps the first version.
     await service.stack.adapter(tenant, "support-bot", service.base)
 
     async def text(model: str) -> str:
@@ -266,7 +266,7 @@ async def test_a_tenants_queue_is_bounded(service: Service) -> None:
     await until(lambda: got.comments)
     check_error(await service.post(tenant, CHAT, ask(CHAT, "cold", stream=True)), 429, "queue_full")
     check_error(await service.post(tenant, COMPLETION, ask(COMPLETION, "cold")), 429, "queue_full")
-    # Its other models and the other tenants are as free as before.
+    # Its other models and the other tenants are not affected.
     assert (await service.post(tenant, CHAT, ask(CHAT))).status_code == 200
     assert (await service.post(other, CHAT, ask(CHAT))).status_code == 200
     waiting.cancel()
@@ -328,7 +328,7 @@ async def test_a_key_that_is_not_valid_says_nothing_more(service: Service, tenan
 async def test_what_is_somebody_elses_is_like_what_does_not_exist(service: Service, tenant: Tenant, path: str) -> None:
     other = await service.stack.tenant()
     internal = await service.stack.adapter(other, "secret-bot", service.base)
-    assert (await service.post(other, path, ask(path, "secret-bot"))).status_code == 200  # and now it is on the engine
+    assert (await service.post(other, path, ask(path, "secret-bot"))).status_code == 200  # now the engine has it
     own = await service.stack.adapter(tenant, "own-bot", service.base)
     assert (await service.post(tenant, path, ask(path, "own-bot"))).status_code == 200
     bodies = set()

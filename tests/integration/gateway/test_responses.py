@@ -1,4 +1,4 @@
-"""Responses through the gateway: answers, streams, tools, waiting, failures and usage."""
+"""Responses through the gateway: output, streams, tools, waiting, failures and usage."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ async def base(stack: Stack) -> BaseModel:
 
 @pytest.fixture(scope="module")
 async def cold(stack: Stack, base: BaseModel) -> dict[str, BaseModel]:
-    """Models without an engine, which the gateway knows by the time that one of them is called."""
+    """Create models without an engine, which the gateway knows before one of them is called."""
     models = {name: await stack.model(name) for name in ("late", "never")}
     other = await stack.tenant()
 

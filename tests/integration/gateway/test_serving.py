@@ -1,4 +1,4 @@
-"""The path of a request without a socket: what it is asked, and what reaches its sink."""
+"""The path of a request without a socket: its input, and the output that reaches its sink."""
 
 import asyncio
 import dataclasses
@@ -46,7 +46,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path) -> AsyncIter
 
 @asynccontextmanager
 async def inferences(stack: Stack) -> AsyncIterator[Inferences]:
-    """The path, with what must run while it serves."""
+    """The path of requests, and the tasks that run while it serves."""
     services = dataclasses.replace(stack.services, db=stack.database(DatabaseRole.GATEWAY))
     built = build_inferences(stack.settings, services, Changes(functools.partial(change_number, services.db)), GatewayMetrics())
     async with built.client:
@@ -126,7 +126,7 @@ async def test_durable_work_counts_as_wasted_until_its_caller_stores_its_event(s
 
     assert await ledger() == {batched.request_id: ("wasted", 0, "background"), detached.request_id: ("wasted", 0, "interactive")}
     own, stand_in = batched.record.own_event(), batched.record.event()
-    assert (own.status, own.charge_picousd) == ("completed", own.prompt_tokens * 50 + 4 * 151), "half, rounded up, whatever its tier"
+    assert (own.status, own.charge_picousd) == ("completed", own.prompt_tokens * 50 + 4 * 151), "half, rounded up, for every tier"
     async with stack.db.begin(tenant.id) as connection:
         await insert_events(connection, [own])
     await record_events(stack.db, [parse_event(stand_in)])

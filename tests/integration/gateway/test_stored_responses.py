@@ -38,7 +38,7 @@ class Service:
     replica: Replica
 
     def client(self, tenant: Tenant, url: str = "") -> AsyncOpenAI:
-        """Return OpenAI's client, whose answers are compared with the OpenAPI document."""
+        """Return OpenAI's client, which compares responses with the OpenAPI document."""
         http = self.stack.client(tenant, url)
         return AsyncOpenAI(base_url=f"{url or self.stack.url}/v1", api_key=tenant.key, max_retries=0, http_client=http)
 

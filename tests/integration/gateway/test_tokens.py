@@ -1,4 +1,4 @@
-"""Counts of tokens: as many as the request has, at no cost, without an engine, and for the tenant's own models only."""
+"""Counts of tokens: equal to the request's own, free, without an engine, and for the tenant's own models only."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -66,7 +66,7 @@ async def tenant(service: Service) -> Tenant:
 
 @pytest.fixture
 async def checker(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Checker]:
-    """A host with the test's answers instead of the service's own, which publishes its address again afterwards."""
+    """A host with the test's verdicts instead of the service's own, which publishes its address again afterwards."""
     monkeypatch.setattr(checker_hosts, "ADDRESS_S", -1.0)
     async with serving() as checker:
         await service.stack.redis.set(key_of(), checker.url)
@@ -186,7 +186,7 @@ async def test_what_the_host_cannot_read(
     assert refused.status_code == (529 if anthropic and status == 503 else status)
     assert error["code"] == code
     assert refused.json().get("type") == ("error" if anthropic else None)
-    # Anthropic's clients show the message only, so the field is a part of it.
+    # Anthropic's clients show only the message, so it contains the field.
     assert error["message"].endswith(tokens.message)
     if tokens.param:
         assert error["param"] == {INPUT: "input"}.get(path, "messages")

@@ -1,4 +1,4 @@
-"""A request has one trace, from the gateway through the queue to the engine, and without a text of its tenant."""
+"""A request has one trace, from the gateway through the queue to the engine, which contains no text of its tenant."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ STAGES = {"admission", "queue", "delivery", "llm_request"}
 
 @dataclass
 class Traced:
-    """A gateway that sends its traces, as its engines do, to a collector, and a tenant with an adapter."""
+    """A gateway and engines that send their traces to a collector, and a tenant with an adapter."""
 
     stack: Stack
     collected: Collector
@@ -38,7 +38,7 @@ class Traced:
             return await http.post(path, json=body, headers=headers)
 
     async def trace(self, trace_id: str, names: set[str]) -> dict[str, Received]:
-        """Return the spans of a trace by name, once these have arrived."""
+        """Return the spans of a trace by name, once they have arrived."""
         await until(lambda: names <= self.collected.trace(trace_id).keys())
         return self.collected.trace(trace_id)
 

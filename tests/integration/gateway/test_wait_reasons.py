@@ -1,4 +1,5 @@
-"""What waiting requests are told: how they stand, and why their engine does not start, in words for tenants."""
+"""The comments in the streams of waiting requests: the state of the wait, and the reason why an engine does not start, in words for
+tenants."""
 
 import re
 import time
@@ -58,7 +59,7 @@ async def test_a_deadline_while_starts_fail_says_so(stack: Stack) -> None:
 
 
 async def test_the_first_comment_comes_after_a_second_and_the_next_ones_later(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the head, and without an empty line: nothing that a client takes for an event."""
+    """The first comment comes with the head and without an empty line, so no client takes it for an event."""
     monkeypatch.setattr(serving, "COMMENT_EVERY_S", 0.5)
     await stack.model("base")
     acme = await stack.tenant()
@@ -77,7 +78,7 @@ async def test_the_first_comment_comes_after_a_second_and_the_next_ones_later(st
     waits = [int(each[1]) for each in found if each is not None]
     assert len(waits) == len(lines), "no empty line"
     assert waits == sorted(waits, reverse=True)
-    assert waits[0] > waits[-1], "it counts down"
+    assert waits[0] > waits[-1], "the estimate counts down"
     assert event.startswith(b'{"error"')
     assert event.count(b"\n\n") == 1
 

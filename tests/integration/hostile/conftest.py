@@ -24,7 +24,7 @@ from tests.integration.gateway.stack import CHAT, Replica, Stack, Tenant, runnin
 from tests.support.conditions import until
 
 ENDED = ("completed", "failed", "expired", "cancelled")
-#: The length of an answer of the tests' lines.
+#: The length of the completion of each of the tests' lines.
 TOKENS = 5
 
 
@@ -46,20 +46,20 @@ class Service:
 
 
 class Batches:
-    """The batches of a tenant, through OpenAI's client, and what a test may look at beside it."""
+    """The batches of a tenant, through OpenAI's client, and other things that a test may look at."""
 
     def __init__(self, service: Service, tenant: Tenant, client: AsyncOpenAI) -> None:
         self.service, self.tenant, self.client = service, tenant, client
         self.stack, self.base = service.stack, service.base
-        #: The tokens that the engine had made before.
+        #: The tokens that the engine had generated before.
         self.before = 0
 
     def of(self, key: str) -> "Batches":
-        """Return the batches that another key sees."""
+        """Return the batches that another key can see."""
         return Batches(self.service, self.tenant, self.client.with_options(api_key=key))
 
     async def made(self) -> int:
-        """Return the number of tokens that the engine of the base model has made in this test."""
+        """Return the number of tokens that the engine of the base model has generated in this test."""
         return (await self.service.engine.counters())[1] - self.before
 
     async def upload(self, content: bytes, purpose: Any = "batch") -> str:
@@ -101,7 +101,7 @@ class Batches:
         return {line["custom_id"]: line for line in found}
 
     async def results(self, batch: Batch) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Return the lines of the output file, and the code of each line of the error file, which agree with the counts."""
+        """Return the lines of the output file and the codes of the error file's lines; both agree with the counts."""
         output, errors = await self.lines(batch.output_file_id), await self.lines(batch.error_file_id)
         assert not set(output) & set(errors)
         counts = batch.request_counts
@@ -128,7 +128,7 @@ def code_of(line: Mapping[str, Any]) -> str:
 
 
 def line(custom_id: Any, *, url: str = CHAT, method: str = "POST", words: str = "Hello.", **body: Any) -> dict[str, Any]:
-    """Return a line of a batch. `body` are other fields of its body."""
+    """Return a line of a batch. `body` has other fields of its body."""
     whole = {"model": "base", "messages": [{"role": "user", "content": words}], "max_tokens": TOKENS, "ignore_eos": True} | body
     return {"custom_id": custom_id, "method": method, "url": url, "body": whole}
 
@@ -152,7 +152,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="package")
 async def engines(stack: Stack) -> Service:
-    """A base model whose engine takes its time, 20 ms for a token. There is another one that embeds."""
+    """A base model whose engine takes 20 ms for a token, and another one that embeds."""
     base = await stack.model("base", slots=8)
     await change_base_model(stack.db, "base", {"prompt_price": 1_000_000, "completion_price": 2_000_000})
     engine = await stack.replica(base, "--fake-token-ms 20")
@@ -162,7 +162,7 @@ async def engines(stack: Stack) -> Service:
 
 @pytest.fixture(scope="package")
 async def runner(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runner]:
-    """A job runner. Its log may have no unexpected error."""
+    """A job runner. Its log may contain no unexpected error."""
     log = tmp_path_factory.mktemp("runner") / "jobs.log"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     with log.open("wb") as output:
@@ -180,7 +180,7 @@ async def runner(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 @pytest.fixture
 async def batches(stack: Stack, engines: Service, runner: Runner) -> AsyncIterator[Batches]:
-    """The batches of a new tenant. At the end nothing of them may be left, and the runner must still run."""
+    """The batches of a new tenant. At the end, none of them may be left, and the runner must still run."""
     tenant = await stack.tenant()
     async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=tenant.key, max_retries=0) as client:
         batches = Batches(engines, tenant, client)

@@ -184,7 +184,7 @@ async def test_files_that_are_not_there_or_not_for_batches(batches: Batches, sta
     await batches.client.files.delete(gone)
     for file_id in (response.json()["id"], gone, "file-unknown"):
         await refuse(file_id)
-    assert len(set(refused)) == 1, "another tenant's file is as unknown as one that never was"
+    assert len(set(refused)) == 1, "another tenant's file looks like one that does not exist"
     for file_id in HOSTILE_IDS:
         await refuse(file_id)
     await refuse(await batches.upload(GOOD, "user_data"))

@@ -1,4 +1,5 @@
-"""Batches that are cancelled, expire or lose what they need, at every stage: each line still has exactly one result and no wrong charge."""
+"""Batches that are cancelled, expire or lose something that they need, at every stage: each line still has exactly one result and no wrong
+charge."""
 
 import asyncio
 import contextlib
@@ -20,7 +21,7 @@ from tests.integration.gateway.stack import CHAT, Stack, Tenant
 from tests.integration.hostile.conftest import ENDED, TOKENS, Batches, jsonl, line, many
 from tests.support.conditions import until
 
-#: The lines of a batch that is disturbed while it runs: 1.5 s at 100 ms for a line and 8 slots.
+#: The number of lines of a batch that is disturbed while it runs: 1.5 s at 100 ms for a line and 8 slots.
 LINES = 120
 #: The stages at which a batch can be disturbed.
 STAGES = ("at once", "in progress", "nearly done")
@@ -35,8 +36,8 @@ async def _reached(batches: Batches, batch: Batch, stage: str) -> None:
 
 
 async def _charged(batches: Batches, answered: int) -> None:
-    """Assert that as many lines are charged as were answered, and everything else is waste without a charge; all of it together is what the
-    engine has made in this test."""
+    """Assert that exactly the completed lines are charged, that everything else is waste without a charge, and that both together equal the
+    tokens that the engine has generated in this test."""
 
     async def settled() -> bool:
         stats = await batches.stack.scheduler.stats(batches.base.id)
@@ -181,7 +182,7 @@ async def test_its_tenant_is_deleted(batches: Batches, stack: Stack) -> None:
     await _gone(stack, batches.tenant)
     other = await stack.tenant()
     others = batches.of(other.key)
-    assert (await others.end(await others.create(many(10)))).status == "completed", "the runner goes on"
+    assert (await others.end(await others.create(many(10)))).status == "completed", "the runner continues"
 
 
 async def _gone(stack: Stack, tenant: Tenant) -> None:
@@ -226,7 +227,7 @@ async def test_the_disk_of_the_object_store_is_full_at_the_end(batches: Batches,
     batch = await batches.create(many(100, metadata={"padding": "x" * 400}))
     await batches.progressed(batch)
     with small_disk(stack.settings.home / "objects" / "files" / batches.tenant.id, 4096) as enlarge:
-        # The input file is hidden by the full disk, too, so lines may fail by its absence.
+        # The full disk hides the input file, too, so lines may fail because it is missing.
         async def waits() -> bool:
             return (await batches.client.batches.retrieve(batch.id)).status in ("finalizing", *ENDED)
 

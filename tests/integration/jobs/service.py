@@ -88,7 +88,7 @@ async def batch_of(stack: Stack, texts: Texts, tenant: Tenant, model: BaseModel,
 
 
 class Mortal(Database):
-    """The database of a process that is killed before or after its transaction number `dies_at`: from then on, nothing of it happens."""
+    """The database of a process that is killed before or after its transaction number `dies_at`: later transactions have no effect."""
 
     def __init__(self, url: str, dies_at: int, *, before: bool) -> None:
         super().__init__(url, DatabaseRole.JOBS)
@@ -125,7 +125,7 @@ class Mortal(Database):
 async def runner(
     stack: Stack, texts: Texts, db: Database | None = None, observers: Observers = UNOBSERVED, **changes: Any
 ) -> AsyncIterator[Running]:
-    """Run a job runner with a worker of lines. One with a database of its own is killed at the end, and not stopped."""
+    """Run a job runner with a worker of lines. One with a database of its own is killed at the end instead of stopped."""
     settings = dataclasses.replace(stack.settings, **changes)
     services = dataclasses.replace(stack.services, db=db or stack.database(DatabaseRole.JOBS))
     known = Changes(functools.partial(change_number, services.db))

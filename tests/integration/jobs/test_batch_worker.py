@@ -1,4 +1,4 @@
-"""A job runner has whole batches validated and finalized, and settles those that stop early."""
+"""A job runner validates and finalizes whole batches, and settles those that stop early."""
 
 import asyncio
 from collections import Counter
@@ -26,7 +26,7 @@ Step = Callable[[BatchLease], Awaitable[None]]
 
 
 class Steps:
-    """Steps that record their calls. `do` is what each of them does."""
+    """Steps that record their calls. `do` is the action of each of them."""
 
     def __init__(self, db: Database, do: Step | None = None) -> None:
         self._db, self._do = db, do

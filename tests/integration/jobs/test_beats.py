@@ -1,4 +1,4 @@
-"""What a runner does to others after an outage of Postgres."""
+"""The effect of a runner on others after an outage of Postgres."""
 
 import asyncio
 
@@ -35,7 +35,7 @@ async def test_a_runner_frees_nothing_of_others_after_an_outage(db: Database, jo
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE job_runners SET seen_at = now() - interval '20 s'"))
     first = Runner(jobs_db, [Waits()], JobMetrics().lost, clock)
-    now = 20.0  # Postgres was away since the process started
+    now = 20.0  # Postgres has been away since the process started
 
     async def others() -> list[str]:
         async with db.begin(SYSTEM) as connection:

@@ -1,4 +1,4 @@
-"""Runners, the database and the queue go away while lines run: nothing is lost, and nothing happens twice."""
+"""Runners, the database and the queue fail while lines run: no result is lost, and none is stored twice."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path_factory: pytest.Tem
 
 
 async def exactly_once(stack: Stack, model: BaseModel, tenant: Tenant, batch_id: str, replica: Replica) -> None:
-    """Assert that each line has one answer and one charge, and that the ledger with the wasted attempts is what the engine counted."""
+    """Assert that each line has one result and one charge, and that the ledger with the wasted attempts equals the engine's count."""
     await stack.idle(model)
     row, rows = await batch_row(stack.db, batch_id), await line_rows(stack.db, batch_id)
     assert [line.state for line in rows] == ["done"] * row.total
@@ -55,7 +55,7 @@ async def exactly_once(stack: Stack, model: BaseModel, tenant: Tenant, batch_id:
 
 
 async def lose(stack: Stack) -> None:
-    """Make every runner look as if it had not been seen for long."""
+    """Make every runner look as if it had not sent a beat for long."""
     async with stack.db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE job_runners SET seen_at = now() - interval '1 h'"))
 
@@ -93,7 +93,7 @@ async def test_a_line_that_runs_twice_has_one_response(stack: Stack, monkeypatch
     lines = [line(0, conversation="conv_lines"), line(1, store=False), *(line(number) for number in range(2, 6))]
     batch_id = await batch_of(stack, texts, tenant, model, lines, endpoint="/v1/responses")
     url = login_url(str(stack.settings.database_url), DatabaseRole.JOBS)
-    # It dies when engines have answered, before anything is stored.
+    # It dies when engines have responded, before anything is stored.
     db, died = Database(url, DatabaseRole.JOBS), asyncio.Event()
 
     async def die(*_: object) -> None:
@@ -229,7 +229,7 @@ async def test_postgres_is_away_while_lines_run(stack: Stack) -> None:
         assert job.runner.id == first
     await db.close()
     await exactly_once(stack, model, tenant, batch_id, replica)
-    assert max(line.attempt for line in await line_rows(stack.db, batch_id)) == 1, "what had ended was stored later"
+    assert max(line.attempt for line in await line_rows(stack.db, batch_id)) == 1, "lines that had ended were stored later"
 
 
 async def test_the_queue_is_away_while_lines_run(stack: Stack) -> None:
@@ -243,7 +243,7 @@ async def test_the_queue_is_away_while_lines_run(stack: Stack) -> None:
             return bool((await batch_row(stack.db, batch_id)).completed)
 
         await until(has_begun)
-        # It refuses every write, as a server does that is full.
+        # Valkey refuses every write, as a full server does.
         await stack.redis.config_set("maxmemory", 1)
         try:
 

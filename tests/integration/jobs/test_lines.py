@@ -76,7 +76,7 @@ async def test_every_line_has_one_result_and_one_charge(stack: Stack) -> None:
     assert {event.request_id for event in events} == {line.request_id for line in rows if line.state == "done"}
     assert Counter(event.status for event in events) == {"completed": 47}
     _, completion, _ = await replica.counters()
-    assert row.completion_tokens == sum(event.completion_tokens for event in events) == completion - 1, "the probe is no tenant's"
+    assert row.completion_tokens == sum(event.completion_tokens for event in events) == completion - 1, "the probe belongs to no tenant"
     assert row.prompt_tokens == sum(event.prompt_tokens for event in events)
     assert await wasted(stack, batch_id) == []
     # The log has a line for each attempt whose request could be read.
@@ -188,7 +188,7 @@ async def test_large_lines_do_not_keep_the_lines_of_others_waiting(stack: Stack,
         for batch_id in (same, another):
             await until(partial(has_status, stack, batch_id, "finalizing"), timeout_s=20)
         assert await replica.running() == 3
-        # Those that wait for room are given back, too.
+        # Lines that wait for room in the queue are given back, too.
         async with stack.db.begin(SYSTEM) as connection:
             statement = text("UPDATE batches SET status = 'cancelling', cancelling_at = now() WHERE id = :id")
             await connection.execute(statement, {"id": large})
@@ -310,7 +310,7 @@ async def test_a_spent_budget_fails_what_is_left(stack: Stack) -> None:
     model, tenant = await stack.model("budget"), await stack.tenant()
     await change_base_model(stack.db, "budget", {"prompt_price": 2_000_000, "completion_price": 2_000_000})
     await stack.replica(model)
-    # At half of 2 µ$ a token, 40 generated tokens and the prompts of some lines.
+    # At half of 2 µ$ a token, the budget covers 40 completion tokens and the prompts of some lines.
     await update_tenant(stack.db, tenant.id, {"budget_per_month": 100})
     texts = Texts()
     batch_id = await batch_of(stack, texts, tenant, model, [chat(f"l{number}", "budget") for number in range(60)])
@@ -325,7 +325,7 @@ async def test_a_spent_budget_fails_what_is_left(stack: Stack) -> None:
     events = await charged(stack, model, tenant)
     assert 0 < row.completed == len(events) < 60
     spent = sum(event.charge_picousd for event in events)
-    assert 80_000_000 < spent <= 100_000_000, "what lines had reserved and did not use was used by later ones"
+    assert 80_000_000 < spent <= 100_000_000, "later lines used the part of the reservations that earlier ones did not use"
 
 
 async def test_a_budget_that_others_have_only_reserved_does_not_stop_a_batch(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ async def test_a_budget_that_others_have_only_reserved_does_not_stop_a_batch(sta
     await update_tenant(stack.db, tenant.id, {"budget_per_month": 1000})
     texts = Texts()
     async with stack.client(tenant) as http:
-        # It waits for an engine, and has reserved nearly all of the budget.
+        # The request waits for an engine, and has reserved nearly all of the budget.
         about = {"model": "cold", "messages": [{"role": "user", "content": "wait"}], "max_tokens": 490}
         waiting = asyncio.create_task(http.post("/v1/chat/completions", json=about, timeout=60))
 

@@ -1,4 +1,4 @@
-"""A replica whose engine embeds: when it is ready, what it counts, and how a dead one is found."""
+"""A replica whose engine embeds: its readiness, its counters, and the detection of a dead one."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -72,7 +72,7 @@ async def test_one_that_embeds_nothing_although_its_server_responds_is_ejected(
 
 
 async def test_one_that_embeds_more_and_more_is_left_alone(stack: Stack, model: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool that embeds generates no token for ever: its counter of prompts is what moves."""
+    """A pool that embeds never generates a token, so the counter of prompt tokens shows its progress."""
     monkeypatch.setattr(supervisor, "STALL_S", 0.6)
     monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_S", 1.0)
     replica = await stack.replica(model, "--fake-token-ms 100")

@@ -1,4 +1,4 @@
-"""The usual length of a start, from those before."""
+"""The usual length of a start, computed from earlier ones."""
 
 from lmaas.states import Observed
 from lmaas.store.database import Database
@@ -15,14 +15,14 @@ async def test_the_usual_start_is_the_median_of_the_last_ones_of_its_kind(db: Da
     model = (await base_model(db)).id
     assert await usual_start_ms(db, model, "zygote") is None
     await _started(db, model, "rep_0", "plain", 19_000)
-    # Better than nothing.
+    # The only kind of start with a history, so it is used.
     assert await usual_start_ms(db, model, "zygote") == 19_000
     for number, total_ms in enumerate([9_000, 1_500, 2_000, 1_700, 1_600]):
         await _started(db, model, f"rep_z{number}", "zygote", total_ms)
     assert await usual_start_ms(db, model, "zygote") == 1_700
     assert await usual_start_ms(db, model, "zygote", last=4) == 1_650
     assert await usual_start_ms(db, model, "plain") == 19_000
-    # What it waited for a zygote says nothing of the next start.
+    # The time that a start waited for a zygote does not predict the next start.
     await add_replica(db, "rep_w", model)
     assert await observe(db, "rep_w", Observed.READY, start={"by": "zygote", "zygote_ms": 9_000, "total_ms": 10_600})
     assert await usual_start_ms(db, model, "zygote", last=1) == 1_600

@@ -1,4 +1,4 @@
-"""What a supervisor writes down, also when it could not at once."""
+"""The records of a supervisor, including those that it could not write at once."""
 
 import asyncio
 import re
@@ -79,7 +79,7 @@ async def test_ready_is_written_once_postgres_is_back(
 
 @asynccontextmanager
 async def starting(stack: Stack, model: BaseModel) -> AsyncIterator[tuple[str, "asyncio.Task[Ending]"]]:
-    """A replica that starts: its id, and the task that ends with it."""
+    """Run a replica that starts; provide its id, and the task that ends with it."""
     replica_id = new_id("rep")
     await add_replica(stack.db, replica_id, model.id)
     async with EngineClient() as client:
@@ -93,7 +93,7 @@ async def starting(stack: Stack, model: BaseModel) -> AsyncIterator[tuple[str, "
             mine.end(Observed.STOPPED, "the test has ended")
             await task
             for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().remove_signal_handler(number)  # those are pytest's
+                asyncio.get_running_loop().remove_signal_handler(number)  # those belong to pytest
 
 
 async def test_a_replica_that_waits_for_the_zygote_beats_says_what_is_left_and_can_be_stopped(
@@ -106,7 +106,7 @@ async def test_a_replica_that_waits_for_the_zygote_beats_says_what_is_left_and_c
     @asynccontextmanager
     async def launched(spec: EngineSpec, port: int, log: Path, home: Path | None, told: Callable[[Sight], None]) -> AsyncIterator[Any]:
         while not imported.is_set():
-            # A twentieth of a processor.
+            # A twentieth of a CPU.
             told(Sight(pid=1, done=1, stages=20, used_s=(spent := next(used)) / 20, age_s=spent, usual_s=10.0))
             await asyncio.sleep(0.02)
         async with really_launched(spec, port, log, home) as engine:
@@ -127,7 +127,7 @@ async def test_a_replica_that_waits_for_the_zygote_beats_says_what_is_left_and_c
             assert answer.error is None
             waits = [int(found[1]) for text in answer.comments if (found := re.search(r"estimated_wait_s=(\d+)", text))]
             assert waits
-            assert 100 < waits[0] <= 260  # what is left of ten seconds of processor time at a twentieth of a processor, and the start
+            assert 100 < waits[0] <= 260  # the rest of ten seconds of CPU time at a twentieth of a CPU, and the start
         imported.clear()
         async with starting(stack, model) as (second_id, second):
             await until(lambda: next(used) > 200)

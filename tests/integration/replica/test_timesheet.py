@@ -1,4 +1,4 @@
-"""An engine's whole life is in the time sheet, to the millisecond of the supervisor's clock, whatever happens meanwhile."""
+"""The time sheet covers an engine's whole life, to the millisecond of the supervisor's clock, whatever happens meanwhile."""
 
 import asyncio
 import dataclasses
@@ -40,7 +40,7 @@ async def stack(postgres_url: str, valkey_url: str, tmp_path: Path, monkeypatch:
 
 
 async def phases(stack: Stack) -> Counter[EnginePhase]:
-    """Milliseconds as they are in Postgres."""
+    """Return the milliseconds of each phase in Postgres."""
     counted: Counter[EnginePhase] = Counter()
     for row in await list_engine_time(stack.db):
         counted[row.phase] += row.ms
@@ -48,7 +48,7 @@ async def phases(stack: Stack) -> Counter[EnginePhase]:
 
 
 async def spend(stack: Stack, clock: Clock, phase: EnginePhase, seconds: float) -> None:
-    """Wait until the engine is seen in the phase, and let it stay there for so long."""
+    """Wait until the engine is seen in the phase, then advance the clock by this time."""
     before = (await phases(stack))[phase]
 
     async def seen() -> bool:
@@ -65,7 +65,7 @@ async def ended(replica: Replica) -> Any:
 
 
 def about(seconds: float) -> Any:
-    """So many seconds of the test's clock, and the few steps that were taken to see the phase."""
+    """Expect this many seconds of the test's clock, plus the few steps that it took to see the phase."""
     return pytest.approx(seconds * 1000 + 500, abs=500)
 
 
@@ -94,7 +94,7 @@ async def test_a_whole_life(stack: Stack, may_start: asyncio.Event, monkeypatch:
     await spend(stack, clock, IDLE, 100)
     last = asyncio.create_task(stack.stream(acme, CHAT, ASK))
     await spend(stack, clock, BUSY, 5)
-    # Drained: what runs may go on for a second, and is cut then.
+    # Drained: requests may run for another second, and are then cut.
     await desire_stop(stack.db, replica.id)
     assert (await ended(replica)).state is Observed.STOPPED
     await last
@@ -206,7 +206,7 @@ async def test_a_new_price_holds_from_then_on(stack: Stack) -> None:
 
 
 async def supervise(stack: Stack, model: BaseModel, clock: Clock, **changes: Any) -> Any:
-    """The whole life of a replica that nobody waits for."""
+    """Run the whole life of a replica for which no request waits."""
     replica_id = new_id("rep")
     await add_replica(stack.db, replica_id, model.id)
     async with EngineClient() as client:
@@ -216,7 +216,7 @@ async def supervise(stack: Stack, model: BaseModel, clock: Clock, **changes: Any
             return await supervisor.run()
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().remove_signal_handler(number)  # those are pytest's
+                asyncio.get_running_loop().remove_signal_handler(number)  # those belong to pytest
 
 
 async def test_an_engine_that_never_starts_has_cost_its_time(stack: Stack) -> None:

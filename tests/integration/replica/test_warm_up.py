@@ -1,4 +1,4 @@
-"""Adapters that are waited for are on the engine when it opens."""
+"""An engine that becomes ready already has the adapters for which requests wait."""
 
 import asyncio
 from pathlib import Path
@@ -38,7 +38,7 @@ async def test_awaited_adapters_are_loaded_before_the_replica_is_ready(
         await asyncio.gather(*waiting)
         assert [each.done for each in got.values()] == [False, True, True, True]
         events = {event.model: event for event in await stack.ledger(model, tenant)}
-        # As many as run at once are awaited; the first of them had no files, which concerns nobody else.
+        # The start waits for as many adapters as can run at once. The first of them had no files, which does not affect the others.
         assert events["a"].load_ms == 0
         assert events["c"].adapter == names[2]
         assert events["broken"].code == "adapter_load_failed"

@@ -31,7 +31,7 @@ def beat(state: str = "ready", slots: int = 2, adapter_slots: int = 1, resident:
 
 @asynccontextmanager
 async def quick(scheduler: Scheduler, **constants: int) -> AsyncIterator[None]:
-    """Return the library with smaller constants, so that leases expire during a test."""
+    """Use a copy of the library with smaller constants, so that leases expire during a test."""
     text = library()
     for name, value in constants.items():
         before, after = text.split(f"local {name} = ", 1)

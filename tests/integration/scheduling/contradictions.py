@@ -1,4 +1,4 @@
-"""Reads all keys of a pool, and finds where the stored indices differ from what they are derived from."""
+"""Reads all keys of a pool, and reports where stored indices differ from the data that they are derived from."""
 
 import json
 from collections import Counter
@@ -76,7 +76,7 @@ def contradictions(raw: Raw) -> list[str]:
 
 
 def _rounded(content: Any) -> Any:
-    """Numbers as JSON stores them in Valkey, with 14 digits."""
+    """Return numbers as JSON stores them in Valkey, with 14 digits."""
     if not isinstance(content, dict):
         return content
     return {name: float(f"{value:.14g}") if isinstance(value, float) else value for name, value in content.items()}
@@ -111,7 +111,7 @@ def _derived(raw: Raw) -> Raw:
         _add_replica(found, raw, replicas[name])
     found["lost"] = [each for each in raw.get("lost", []) if f"lost:{each}" in raw]
     for each in found["lost"]:
-        found.setdefault(f"lost:{each}", raw[f"lost:{each}"])  # it may still have tickets that a call has reached since
+        found.setdefault(f"lost:{each}", raw[f"lost:{each}"])  # it may still have tickets that no call has reached since
     return {name: content for name, content in found.items() if content}
 
 
@@ -144,7 +144,7 @@ def _add_held(found: Raw, raw: Raw, name: str, ticket: Any, replica: Any) -> Non
 
 
 def _add_lost(found: Raw, raw: Raw, name: str) -> None:
-    """A ticket that lost its place and was not reached yet is in one of the lists."""
+    """Check that a ticket that lost its place and was not reached yet is in one of the lists."""
     lists = [f"lost:{each}" for each in raw.get("lost", []) if name in raw.get(f"lost:{each}", {})]
     found.setdefault("nowhere", {}).update({} if lists else {name: "it is in no list of lost tickets"})
 
@@ -169,7 +169,7 @@ def _add_replica(found: Raw, raw: Raw, replica: Any) -> None:
 
 
 def _figures(raw: Raw) -> list[str]:
-    """What replicas and the pool count."""
+    """Check the figures that replicas and the pool count."""
     tickets, replicas, numbers = _tickets(raw), _replicas(raw), raw.get("vars", {})
     lines: list[str] = []
 

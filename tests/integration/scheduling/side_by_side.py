@@ -20,7 +20,7 @@ from tests.integration.scheduling.model.limits import WINDOW_S, Tokens, month_of
 from tests.integration.scheduling.model.scheduler import Model
 
 POOL = "p"
-#: Of the pool's numbers, what the model does not have: it says nothing but how old the memory is, and in what order tickets came.
+#: The pool's numbers that the model does not store: it counts them anew or does without them.
 UNTOLD = (
     "epoch",
     "seq",
@@ -43,7 +43,7 @@ UNTOLD = (
     "background_queued",
     "loading",
 )
-#: What a stored scope is, in words that Python reads.
+#: A script that returns stored scopes in a form that Python reads.
 READ_SCOPE = """
 local found = redis.call('GET', KEYS[1])
 if not found then return nil end
@@ -65,9 +65,9 @@ for _constant in ("LAYOUT", "HEAD"):
 
 
 class Direct(Scheduler):
-    """The scheduler's client, except that a call is answered before it returns: its coroutines never wait.
+    """The scheduler's client, whose calls return only after the reply: its coroutines never wait.
 
-    With each call goes what `reads` adds to the pipeline, and `found` has what it read after the call.
+    Each call includes what `reads` adds to the pipeline; `found` has what it read after the call.
     """
 
     def __init__(self, client: Redis, text: str) -> None:
@@ -85,12 +85,12 @@ class Direct(Scheduler):
         return reply
 
     def forget_memories(self) -> None:
-        """Trust what the server says next, whatever it said before."""
+        """Trust the server's next reply, whatever it replied before."""
         self._memories.clear()
 
 
 def answer(calling: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine that never waits returns."""
+    """Return the result of a coroutine that never waits."""
     try:
         calling.send(None)
     except StopIteration as done:
@@ -99,7 +99,7 @@ def answer(calling: Coroutine[Any, Any, Any]) -> Any:
 
 
 def library_with(rules: Rules, text: str | None = None) -> str:
-    """The library with other constants, with its time from two keys, and with what it publishes in a list."""
+    """Return the library with other constants, with its time from two keys, and with its published messages in a list."""
     text = text or library()
     for name, value in asdict(rules).items():
         assert f"local {name} = " in text, name
@@ -116,7 +116,7 @@ def told(tokens: Tokens | None) -> TokenCounts | None:
 
 
 class Both:
-    """A scheduler and its model. Each method is a call to both: it gives the answer, and raises AssertionError where they differ."""
+    """A scheduler and its model. Each method calls both: it returns the result, and raises AssertionError where they differ."""
 
     def __init__(self, client: Redis, rules: Rules, now: int, scheduler: Direct) -> None:
         self.client, self.scheduler, self.model = client, scheduler, Model(rules)
@@ -129,14 +129,14 @@ class Both:
         self.flush()
 
     def at(self, now: int) -> None:
-        """Time is this now."""
+        """Set the current time."""
         self.now = now
         self.client.mset({"now:s": now // 1000, "now:us": now % 1000 * 1000})
 
     def flush(self) -> None:
-        """The server loses its memory."""
+        """Have the server lose its memory."""
         self.client.flushall()
-        self.scheduler.forget_memories()  # the time, which the test sets, may say that this is an older memory
+        self.scheduler.forget_memories()  # by the time, which the test sets, this could be an older memory
         self.model.forget_everything()
         self.epoch = None
         self.at(self.now)
@@ -231,14 +231,14 @@ class Both:
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
-    """Where two nested values differ, in words."""
+    """Describe where two nested values differ."""
     if isinstance(left, dict) and isinstance(right, dict):
         keys = sorted({*left, *right}, key=str)
         return [line for key in keys for line in differences(left.get(key, "nothing"), right.get(key, "nothing"), f"{where} {key}")]
     return [] if left == right else [f"{where}: {left!r}, by the model {right!r}"]
 
 
-# What is stored, by both, in the same words.
+# The stored data of both, in the same form.
 
 
 def look(ask: Pipeline, scopes: list[str]) -> None:
@@ -252,7 +252,7 @@ def look(ask: Pipeline, scopes: list[str]) -> None:
 
 
 def stored(found: list[Any], scopes: list[str], now: int, rules: Rules) -> dict[str, Any]:
-    """What was read, which must not contradict itself."""
+    """Return what was read. Fail if it contradicts itself."""
     text, usage, said, _, *limits = found
     raw, published = read(text), iter(said)
     wrong = contradictions(raw)
@@ -322,7 +322,7 @@ def _scope(facts: Any, now: int) -> dict[str, Any]:
 
 
 def modelled(model: Model, now: int) -> dict[str, Any]:
-    """The same of the model."""
+    """Return the same of the model."""
     numbers = {
         **_modelled_numbers(model.lines[False], ""),
         **_modelled_numbers(model.lines[True], "background_"),
@@ -381,7 +381,7 @@ def _modelled_line(model: Model, *, background: bool) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Those that say something: not the defaults."""
+    """Return only the numbers that differ from the defaults."""
     usual = {"run_ms": Rules.TURN_MS, "start_ms": Rules.START_MS, "first_ms": Rules.START_MS}
     found = {name: value if value is None or name.endswith("last") else float(value) for name, value in values.items()}
     return {name: value for name, value in found.items() if value not in (None, "", usual.get(name, 0))}

@@ -1,4 +1,4 @@
-"""Background tickets: they run on what interactive ones leave free, and give way."""
+"""Background tickets: they use the slots that interactive ones leave free, and give way to them."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ class Desk:
         return [str(self.both.model.tickets[f"r{number}"].state) for number in numbers]
 
     def later(self, ms: int) -> None:
-        """Let time pass, in which everybody lives."""
+        """Let time pass, during which every process sends its heartbeats."""
         for _ in range(0, ms, 1000):
             self.both.at(self.both.now + 1000)
             if names := list(self.both.model.tickets):
@@ -125,7 +125,7 @@ def test_the_latest_background_ticket_gives_its_adapter_slot(desk: Desk) -> None
     [told] = [json.loads(each.split(" ", 1)[1]) for each in _said(desk, "lmaas:gateway:runner")]
     assert told == {"id": "r2", "event": "yielded", "attempts": 0}
     assert desk.both.stats()["background"] == {"queued": 0, "load": 1, "yields": 1, "reserve": 1}
-    # Its owner ends it. What it used is settled then.
+    # Its owner ends it, and its usage is settled then.
     desk.release(2)
 
 
@@ -157,7 +157,7 @@ def test_the_reserve_is_at_most_half_of_the_slots(desk: Desk) -> None:
     assert desk.room() == 2
     desk.both.deregister("x")
     desk.beat("y", slots=1)
-    assert desk.room() == 1, "of one slot, none can be reserved"
+    assert desk.room() == 1, "a single slot cannot be reserved"
 
 
 def test_no_background_ticket_is_placed_while_an_interactive_one_waits(desk: Desk) -> None:
@@ -203,7 +203,7 @@ def test_one_call_puts_back_a_bounded_number(desk: Desk) -> None:
     desk.beat(slots=40, adapter_slots=1, resident=("A", "B"))
     desk.submit(*(line(number, adapter="A") for number in range(17)))
     assert desk.submit(ticket(50, adapter="B")) == ["queued"]
-    assert desk.both.stats()["background"]["yields"] == 0, "more than one call may put back, so none is"
+    assert desk.both.stats()["background"]["yields"] == 0, "it would put back more than one call may, so none is put back"
     desk.release(0)
     assert desk.state(50) == ["granted"]
 
@@ -225,7 +225,7 @@ def test_tenants_take_turns_in_the_background_and_pay_nothing_for_it_elsewhere(d
         order += running
         desk.release(int(running[0][1:]))
     assert order == ["r1", "r11", "r2", "r12", "r3", "r4"]
-    # In the interactive order, "a" is where it would be without its batch.
+    # In the interactive order, "a" would be in the same place without its batch.
     desk.submit(ticket(20, "z"), ticket(21, "b"), ticket(22, "a"), ticket(23, "b"))
     desk.release(20)
     assert desk.state(21, 22, 23) == ["granted", "queued", "queued"]
@@ -269,7 +269,7 @@ def test_a_background_ticket_on_a_replica_that_ends_waits_again_or_is_revoked(de
 def test_a_renewal_that_finds_the_replica_dead_reports_its_tickets_as_revoked(desk: Desk) -> None:
     desk.beat("x", slots=4)
     desk.submit(ticket(1), line(2))
-    # Only these two are heard of for so long that the replica is given up, by the call that renews them.
+    # Only these two send anything for so long that the call which renews them gives up the replica.
     for _ in range(Rules().GONE_MS // 1000 + 2):
         desk.both.at(desk.both.now + 1000)
         reports = desk.both.renew([("r1", None), ("r2", None)])["tickets"]
@@ -350,7 +350,7 @@ async def test_a_ticket_that_was_put_back_while_its_engine_failed_does_not_wait(
         lease = await one.wait(0)
         assert lease is not None
         assert await pool.submit(ticket(2, adapter="B")) == ["granted"]
-        # The connection to the engine breaks before the owner hears that.
+        # The connection to the engine breaks before the owner receives that message.
         await one.retry(lease, RetryReason.ENGINE)
         assert one.yielded
         async with asyncio.timeout(5):
@@ -386,7 +386,7 @@ async def test_a_ticket_that_was_put_back_is_not_restored_after_the_server_lost_
 
 
 def test_lines_that_one_call_left_waiting_are_placed_by_the_next_request(desk: Desk) -> None:
-    """A call places 32 lines at most, and a request that gets its slot at once is such a next call."""
+    """A call places 32 lines at most. A request that gets its slot at once is a call that places the next ones."""
     lines = [line(number) for number in range(1, 37)]
     desk.submit(*lines)
     desk.beat(slots=40)

@@ -13,14 +13,14 @@ async def test_background_tickets_on_a_draining_replica_are_put_back(scheduler: 
     lines = [replace(ticket(number), background=True, durable=True) for number in range(20)]
     assert set(await pool.submit(*lines)) == {"granted"}
     assert await pool.submit(ticket(99, "b")) == ["granted"]
-    # As many as one call may; the supervisor drains until nothing runs.
+    # One call puts back its maximum; the supervisor calls again until nothing runs.
     assert await scheduler.drain("p", "x") == 5
     assert await scheduler.drain("p", "x") == 1
     states = await pool.states()
     assert states.pop("r99") == "granted"
     assert set(states.values()) == {"yielded"}
     stats = await scheduler.stats("p")
-    # Nothing is reserved because of it: no interactive ticket lacked room.
+    # The replica reserves no slot because of this: no interactive ticket lacked room.
     assert stats["background"] == {"queued": 0, "load": 0, "yields": 20, "reserve": 0}
     assert stats["replicas"]["x"]["state"] == Observed.DRAINING
     await pool.check()

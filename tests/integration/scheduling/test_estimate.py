@@ -1,4 +1,4 @@
-"""What waiting tickets are told of their wait: it counts down, and grows when something takes longer than usual."""
+"""The reported wait of queued tickets: it counts down, and grows when something takes longer than usual."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Waits:
     state: str = "starting"
 
     def after(self, seconds: float, *, beats: bool = True, start_ms: int | None = None) -> None:
-        """Let time pass; the replica, if there is one, beats meanwhile, and gateways renew."""
+        """Let time pass; the replica, if there is one, sends heartbeats meanwhile, and gateways renew."""
         until = self.both.now + round(seconds * 1000)
         while self.both.now < until:
             self.both.at(min(until, self.both.now + 1000))
@@ -53,7 +53,7 @@ class Waits:
         return {name: report[name] / 1000 if name.endswith("_ms") else report[name] for name in report}
 
     def told(self, number: int = 1) -> tuple[str, float, float]:
-        """Phase, estimated wait and lateness, in seconds."""
+        """Return phase, estimated wait and lateness, in seconds."""
         report = self.report(number)
         return report["phase"], report["wait_ms"], report["late_ms"]
 
@@ -70,7 +70,7 @@ def test_before_an_engine_starts_it_counts_down_and_then_grows(waits: Waits) -> 
     waits.after(5, beats=False)
     assert waits.told() == ("asked", START_S - 5, 0)
     waits.submit(2)
-    assert waits.told(2) == ("asked", START_S - 5, 0), "an engine was asked for when the first one came"
+    assert waits.told(2) == ("asked", START_S - 5, 0), "the engine was requested when the first ticket came"
     waits.after(START_S - 5, beats=False)
     assert waits.told() == ("asked", 1, 0)
     waits.after(30, beats=False)
@@ -89,7 +89,7 @@ def test_a_start_counts_down_by_its_own_time(waits: Waits) -> None:
         waits.after(1)
         seen.append(waits.told()[1])
     assert seen[:11] == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1]
-    assert seen[13:] == [float(late) for late in range(2, 109)], "it never stands still"
+    assert seen[13:] == [float(late) for late in range(2, 109)], "the estimate never stands still"
     assert waits.told() == ("starting", 108, 108)
     waits.beat("ready")
     assert waits.report(1)["state"] == "granted"
@@ -133,10 +133,10 @@ def test_a_supervisor_knows_better_what_is_left_of_its_start(waits: Waits) -> No
         left_ms, late_ms = round(1000 * left_s), round(1000 * late_s)
         waits.both.heartbeat("x", Beat("http://engine", 2, 1, Observed.STARTING, [], left_ms=left_ms, late_ms=late_ms))
 
-    beat(250)  # the zygote has just begun to import on a busy machine
+    beat(250)  # the zygote has just begun to import on a busy CPU
     assert waits.told() == ("starting", 250, 0)
     waits.after(3, beats=False)
-    assert waits.told() == ("starting", 247, 0), "it counts down between two reports"
+    assert waits.told() == ("starting", 247, 0), "the estimate counts down between two reports"
     beat(80)
     assert waits.told() == ("starting", 80, 0)
     beat(30, late_s=10)
@@ -182,7 +182,7 @@ def test_a_queue_behind_busy_engines(waits: Waits) -> None:
     assert waits.told(3) == ("busy", 1, 0)
     assert waits.told(8) == ("busy", 5, 0)
     waits.after(60)
-    assert waits.told(3) == ("busy", 59, 59), "what runs takes longer than usual"
+    assert waits.told(3) == ("busy", 59, 59), "the running ticket takes longer than usual"
     assert waits.told(8) == ("busy", 63, 59)
     waits.both.release(ticket(1), None, None, None)
     assert waits.told(4) == ("busy", 2, 0), "a turn has ended, and the next one begins"
@@ -212,7 +212,7 @@ def test_a_position_is_by_turns_of_the_tenants(waits: Waits) -> None:
         waits.submit(number, "b")
     waits.submit(8, "c")
     positions = {number: waits.report(number)["position"] for number in range(1, 9)}
-    assert positions == {1: 1, 6: 2, 8: 3, 2: 4, 7: 5, 3: 6, 4: 7, 5: 8}, "a neighbour's queue is not before one's own turn"
+    assert positions == {1: 1, 6: 2, 8: 3, 2: 4, 7: 5, 3: 6, 4: 7, 5: 8}, "another tenant's queue is not before one's own turn"
 
 
 def test_what_came_back_is_first(waits: Waits) -> None:

@@ -1,4 +1,4 @@
-"""Many replicas and many tickets: what one call does is bounded, and what it leaves for the next calls already reads right."""
+"""Many replicas and many tickets: the work of one call is bounded, and unfinished work does not distort what other calls read."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -45,7 +45,7 @@ def test_the_tickets_of_a_lost_replica_are_taken_back_in_portions(both: Both) ->
     for number in range(count):
         submit(both, number)
     both.deregister("x")
-    assert revoked(both) == [f"r{number}" for number in range(PORTION)], "those that came first"
+    assert revoked(both) == [f"r{number}" for number in range(PORTION)], "the tickets that came first"
     both.stats()
     assert revoked(both) == [f"r{number}" for number in range(PORTION, 2 * PORTION)]
     both.stats()
@@ -64,9 +64,9 @@ def test_a_ticket_that_no_call_has_reached_yet_reads_as_revoked(both: Both) -> N
     assert both.retry(ticket(last - 1, adapter="A"), "x", RetryReason.ENGINE, 0)["state"] == "queued"
     assert both.submit(ticket(last - 2), BOUNDS)["state"] == "revoked"
     assert both.release(ticket(last - 3, adapter="A"), None, 100, (5, 0, 7))
-    # A replica of the same name has nothing of what it lost.
+    # A new replica of the same name holds none of the lost tickets.
     beat(both, "x", slots=1000, resident=("A",))
-    assert both.stats()["replicas"]["x"]["load"] == 1, "the one that came back"
+    assert both.stats()["replicas"]["x"]["load"] == 1, "the ticket that came back"
     assert both.evict("x", "A") is False
     both.release(ticket(last - 1, adapter="A"), None, 100, (5, 0, 7))
     assert both.evict("x", "A") is True
@@ -77,7 +77,7 @@ def test_tickets_whose_adapter_was_loading_wait_again_in_the_order_in_which_they
     beat(both, "x", slots=1000, adapter_slots=4)
     for number in range(count):
         assert submit(both, number, "AB"[number % 2]) == "loading"
-    assert both.drain("x") == 6, "those that no call has reached yet"
+    assert both.drain("x") == 6, "the tickets that no call has reached yet"
     assert both.heartbeat("x", Beat("http://x", 1000, 4, Observed.READY, []))["loads"] == {}
     assert [each.ticket.id for each in both.model.queue()] == [f"r{number}" for number in range(count)]
 
@@ -107,12 +107,12 @@ def test_the_least_loaded_of_many_replicas_with_the_adapter_is_found(both: Both)
     for number in range(40):
         beat(both, f"x{number:02}", slots=2, resident=("A",) if number % 2 else ())
     taken = [submit(both, number, "A", f"t{number}") for number in range(20)]
-    assert taken == ["x01", "x01"] + [name for number in range(3, 21, 2) for name in [f"x{number:02}"] * 2], "where it runs, first"
+    assert taken == ["x01", "x01"] + [name for number in range(3, 21, 2) for name in [f"x{number:02}"] * 2], "where it runs comes first"
     assert submit(both, 100) == "x00"
 
 
 def test_an_adapter_on_more_replicas_than_are_considered_runs_where_it_is_resident(both: Both) -> None:
-    """Those with the first names are full, and the least loaded replicas do not have it."""
+    """The replicas with the first names are full, and the least loaded ones do not have the adapter."""
     names = [f"x{number:02}" for number in range(2 * Rules.MAX_CANDIDATES)]
     for name in names:
         beat(both, name, slots=1, resident=("A",))
@@ -137,7 +137,7 @@ def say_again(both: Both, beat: Beat) -> tuple[dict[str, int], dict[str, object]
     reply = answer(scheduler.heartbeat("p", "x", beat))
     called = {name.removeprefix("cmdstat_"): each["calls"] for name, each in both.client.info("commandstats").items()}
     scheduler.reads = reads
-    both.heartbeat("x", beat)  # the model follows
+    both.heartbeat("x", beat)  # the model does the same
     return called, reply
 
 

@@ -242,7 +242,7 @@ async def test_a_cancelled_submit_leaves_nothing_behind(scheduler: Scheduler, le
 
 
 async def test_a_ticket_that_is_not_accepted_yet_is_not_put_back_past_its_limits(leases: Leases, pool: Pool) -> None:
-    """While the month's figures are read, the scheduler does not know the ticket: a renewal must not take that for lost memory."""
+    """While the month's figures are read, the scheduler does not know the ticket. A renewal must not mistake that for lost memory."""
     asked, answered = asyncio.Event(), asyncio.Event()
 
     class Slow(Room):
@@ -260,7 +260,7 @@ async def test_a_ticket_that_is_not_accepted_yet_is_not_put_back_past_its_limits
 
     task = asyncio.create_task(request())
     await asked.wait()
-    await asyncio.sleep(0.01)  # what was accepted has waited for some time when it is put back
+    await asyncio.sleep(0.01)  # an accepted ticket has waited for some time when it is put back
     await leases.renew()
     assert await pool.tickets() == {}
     answered.set()

@@ -18,7 +18,7 @@ from tests.integration.scheduling.build import Pool, ids, opened, ticket
 
 
 class Away(Scheduler):
-    """A scheduler whose server is away for as long as `away` says. `released_tickets` has the tickets that it was told the end of."""
+    """A scheduler whose server is away while `away` is true. `released_tickets` has the tickets whose end it received."""
 
     away = False
 
@@ -42,7 +42,7 @@ class Away(Scheduler):
 
 
 class Deaf(Away):
-    """Takes a ticket, and is gone before it says so."""
+    """A scheduler that takes a ticket, but fails before it returns."""
 
     async def call(self, function: str, pool: str, *args: bytes | str | int) -> Any:
         answer = await super().call(function, pool, *args)
@@ -76,7 +76,7 @@ async def test_without_a_server_nothing_is_accepted(redis: Redis, pool: Pool) ->
 
 async def test_who_is_refused_does_not_wait_until_that_is_settled(redis: Redis) -> None:
     class Stalled(Away):
-        """Takes nothing, and a release does not even fail."""
+        """A scheduler that takes nothing, and whose releases hang instead of failing."""
 
         away = True
 
@@ -140,10 +140,10 @@ async def test_what_was_refused_while_the_server_is_away_is_kept_for_a_lease_at_
         with pytest.raises(Unavailable):
             async with opened(leases, ticket(len(refused))):
                 pytest.fail("it was not accepted")
-        await asyncio.sleep(0)  # it is told, and that fails
+        await asyncio.sleep(0)  # the release is sent, and fails
         refused.append((began, time.monotonic()))
     scheduler.away = False
-    monkeypatch.setattr(module, "LEASE_S", 60.0)  # however long it takes to tell them now
+    monkeypatch.setattr(module, "LEASE_S", 60.0)  # however long the releases take now
     await leases.renew()
     kept = {f"r{number}" for number, (_, ended) in enumerate(refused) if ended >= refused[-1][0] - 0.05}
     assert 0 < len(scheduler.released_tickets) <= len(kept) < len(refused)
@@ -159,7 +159,7 @@ async def test_at_the_end_a_ticket_is_taken_back_whose_acceptance_was_not_heard(
             pytest.fail("it was not accepted")
     scheduler.away = False
     await asyncio.wait_for(leases.drained(), 60)
-    assert await pool.states() == {}, "else it would be told as lost"
+    assert await pool.states() == {}, "else it would be recorded as lost"
 
 
 async def test_what_the_server_forgot_is_put_back(leases: Leases, pool: Pool, redis: Redis) -> None:
@@ -168,7 +168,7 @@ async def test_what_the_server_forgot_is_put_back(leases: Leases, pool: Pool, re
         assert await runs.wait(0) is not None
         await redis.flushall()
         await leases.renew()
-        assert await pool.states() == {"r2": "queued"}  # the replica is not back: what runs goes on
+        assert await pool.states() == {"r2": "queued"}  # the replica is not back: running tickets continue
         await pool.beat("x", state="starting", slots=1)
         await leases.renew()
         assert await pool.states() == {"r1": "granted", "r2": "queued"}
@@ -242,7 +242,7 @@ async def test_recent_events_are_told_again_although_no_ticket_is_open(leases: L
 
 
 async def test_events_are_not_forgotten_while_the_server_is_away(redis: Redis, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be away for longer than they are remembered, and come back without memory."""
+    """The server may be away for longer than events are remembered, and come back without memory."""
     monkeypatch.setattr(module, "REMEMBER_S", 0.0)
     scheduler = Away(redis)
     leases = Leases(scheduler, "g")

@@ -17,25 +17,25 @@ START = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 
 @dataclass
 class Clocked:
-    """A scheduler whose server's time is what the test says."""
+    """A scheduler whose server uses the test's clock."""
 
     scheduler: Scheduler
     pool: Pool
 
     async def at(self, seconds: float) -> None:
-        """So many seconds after the start; replicas beat."""
+        """Set the clock to this many seconds after the start; replicas send heartbeats."""
         await self.scheduler.redis.set("time", f"{START + seconds:.3f}")
         await self.pool.beat(slots=100)
 
     async def ask(
         self, number: int, *scopes: LimitedScope, prompt: int = 10, completion: int = 90, seeds: dict[str, Seed] | None = None
     ) -> dict[str, Any]:
-        """Submit a ticket that is under these limits."""
+        """Submit a ticket under these limits."""
         one = replace(ticket(number), limits=scopes, prompt_tokens=prompt, completion_tokens=completion, prices=(1_000_000, 0, 2_000_000))
         return await self.scheduler.submit(one, Bounds(100, 1000), seeds=seeds)
 
     async def end(self, number: int, used: TokenCounts | None = None) -> None:
-        """Release a ticket that used so much."""
+        """Release a ticket with this usage."""
         assert await self.scheduler.release(ticket(number), "", None, used)
 
 
@@ -62,7 +62,7 @@ async def test_requests_per_minute_hold_in_every_stretch_of_a_minute(clocked: Cl
     refused = await clocked.ask(4, limit)
     assert (refused["state"], refused["limit"], refused["scope"], refused["retry_ms"]) == ("limited", "requests", "tenant", 31_000)
     assert refused["left"]["requests"][1] == 0
-    # What Retry-After says is true: not a moment earlier, and then it works.
+    # Retry-After is exact: the ticket is refused right before that time, and accepted at it.
     await clocked.at(60.999)
     assert (await clocked.ask(4, limit))["state"] == "limited"
     await clocked.at(61)
@@ -75,7 +75,7 @@ async def test_tokens_are_reserved_and_settled_to_the_truth(clocked: Clocked) ->
     assert [(await clocked.ask(number, limit))["state"] for number in (1, 2, 3)] == ["granted", "granted", "limited"]
     await clocked.end(1, TokenCounts(10, 0, 20))
     assert (await clocked.ask(3, limit))["left"] == {"tokens": [250, 20, 61_000]}
-    await clocked.end(2, TokenCounts(10, 0, 200))  # more than the estimate is counted as well
+    await clocked.end(2, TokenCounts(10, 0, 200))  # usage beyond the estimate is counted as well
     refused = await clocked.ask(4, limit)
     assert (refused["limit"], refused["used"], refused["asked"]) == ("tokens", 340, 100)
     assert (await clocked.ask(5, limit, completion=500))["limit"] == "request_tokens"
@@ -105,7 +105,7 @@ async def test_the_limits_of_tenant_and_key_hold_together(clocked: Clocked) -> N
     assert (await clocked.ask(2, limit, key))["scope"] == "key"
     assert (await clocked.ask(3, limit, other))["left"]["requests"][:2] == [2, 0]
     assert (await clocked.ask(4, limit, other))["scope"] == "tenant"
-    # The refusals took nothing of what the other limit has left.
+    # The refusals took nothing from the other limit.
     assert (await clocked.ask(5, other))["left"]["requests"][:2] == [5, 3]
 
 
@@ -119,7 +119,7 @@ async def test_the_months_figures_come_from_the_ledger_once(clocked: Clocked) ->
     assert (refused["limit"], refused["used"]) == ("month_tokens", 950)
     await clocked.end(1, TokenCounts(10, 0, 40))
     assert (await clocked.ask(2, limit))["state"] == "granted"
-    # A new month begins with nothing, and what of the old month ends in it does not count.
+    # A new month begins with nothing, and tickets of the old month that end in it do not count.
     await clocked.at(9 * 86_400)
     assert (await clocked.ask(3, limit))["state"] == "granted"
     await clocked.end(2, TokenCounts(900, 0, 100))
@@ -220,7 +220,7 @@ async def test_at_the_limit_of_what_runs_the_wait_is_how_long_the_tenants_reques
         await clocked.at(20 * number + 16)
         assert (await clocked.ask(100, limit))["limit"] == "concurrency"
         await clocked.end(number, TokenCounts(1, 0, 1))
-        await clocked.end(number + 1)  # never ran: says nothing
+        await clocked.end(number + 1)  # never ran, so it does not change the average
     await clocked.at(2000)
     await clocked.ask(98, limit)
     await clocked.ask(99, limit)
@@ -239,7 +239,7 @@ async def test_of_several_limits_the_longest_wait_is_told(clocked: Clocked, firs
     refused = await clocked.ask(2, *scopes)
     assert (refused["limit"], refused["scope"], refused["retry_ms"]) == ("requests", "key", 61_000)
     assert refused["left"] == {"requests": [1, 0, 61_000], "tokens": [1000, 900, 61_000]}
-    # What waiting does not help with stands before all that.
+    # A limit for which waiting does not help is reported before all of these.
     refused = await clocked.ask(3, *scopes, completion=2000)
     assert (refused["limit"], refused["retry_ms"]) == ("request_tokens", 0)
 

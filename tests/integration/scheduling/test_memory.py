@@ -1,4 +1,4 @@
-"""A pool's memory is replaced: by an older one (a snapshot, a replica that lagged), or by that of another release."""
+"""Replacement of a pool's memory: by an older one (a snapshot, a replica that lagged), or by that of another release."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.support.conditions import until
 
 
 class Server:
-    """A Valkey that keeps what it is told to save, and nothing else."""
+    """A Valkey that keeps only the snapshots that the test makes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.socket = folder, folder / "s"
@@ -63,7 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @asynccontextmanager
 async def older_after(server: Server, client: Redis) -> AsyncIterator[None]:
-    """What the server learns in the block, it does not know any more after it."""
+    """Restart the server after the block with its memory from before the block."""
     await client.save()
     shutil.copy(server.folder / "dump.rdb", server.folder / "old.rdb")
     yield
@@ -76,7 +76,7 @@ LIMITS = (LimitedScope("t", "tenant", max_concurrent=2, tokens_per_month=1000),)
 
 
 async def running(client: Redis) -> Any:
-    """How many requests the tenant has, by its limits."""
+    """Return the number of the tenant's running requests in its limits."""
     stored: Any = client.eval(READ_SCOPE, 1, "lmaas:limits:t")
     return json.loads(await stored)["running"]
 
@@ -97,14 +97,14 @@ async def test_an_older_memory_is_not_believed(server: Server, others: int) -> N
     stranger = Scheduler(client)
     for number in range(others):
         await stranger.submit(ticket(100 + number, gateway="h"), Bounds(1000, 1000))
-    assert {"r1"} == set(await pool.tickets()) & {"r1", "r2"}, "it remembers what has ended, and not what runs"
+    assert {"r1"} == set(await pool.tickets()) & {"r1", "r2"}, "it remembers ended tickets, and no running ones"
     await leases.renew()
     await pool.beat(slots=2)
     await leases.renew()
     assert set(await pool.tickets()) == {"r2"}
     assert (await pool.replicas())["x"]["load"] == await running(client) == 1
     told = [event["completion_tokens"] for event in await pool.events() if event["request_id"] == "r1" and event.get("status") != "lost"]
-    assert told == [7], "it was told to the memory that is gone"
+    assert told == [7], "it was recorded in the memory that is gone"
     await stays.__aexit__(None, None, None)
     assert await running(client) == 0
     await pool.check()
@@ -122,7 +122,7 @@ async def test_what_was_reserved_in_an_older_memory_is_not_given_back_in_the_new
     await pool.beat()  # its supervisor knows more than the server
     async with opened(leases, replace(ticket(1), limits=LIMITS)):
         assert await running(client) == 1
-        # The other pool's gateway has not heard yet that the memory is another.
+        # The gateway of the other pool has not learned yet that the memory is another one.
         await scheduler.release(other, "", None)
         assert await running(client) == 1
     assert await running(client) == 0
@@ -144,7 +144,8 @@ async def test_a_server_that_was_only_restarted_is_believed(server: Server) -> N
 
 
 async def test_limits_are_not_doubted_after_a_restart_that_lost_nothing(server: Server) -> None:
-    """A gateway that was quiet meanwhile has last seen the process before, and the epoch before: that was told then."""
+    """A quiet gateway last saw the process and the epoch before the loss. That loss was reported at its time, so the restart must not
+    report it again."""
     client = await server.start()
     quiet, busy = Scheduler(client), Scheduler(client)
     await quiet.renew("p", [])
@@ -194,7 +195,7 @@ def pool(scheduler: Scheduler) -> Pool:
 
 
 async def test_the_keys_of_another_layout_are_taken_over(pool: Pool, redis: Redis) -> None:
-    """Of a release before layouts had numbers: tickets without a share, a queue that we would read otherwise."""
+    """The keys come from a release without layout numbers: its tickets have no share, and its queue has another meaning."""
     event = {"request_id": "old", "status": "aborted"}
     await redis.hset(f"{KEY}:tickets", "old", json.dumps({"id": "old", "state": "granted", "submitted": 5, "event": json.dumps(event)}))
     await redis.hset(f"{KEY}:tickets", "odd", "no JSON")
@@ -216,14 +217,14 @@ async def test_the_keys_of_another_layout_are_taken_over(pool: Pool, redis: Redi
 
 
 async def test_checkpoints_of_the_release_before_are_read(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
-    """It has the same layout and another encoding, and both may run at once. Its gateway dies while the ticket runs."""
+    """The release before has the same layout and another encoding, and both may run at once. Its gateway dies while the ticket runs."""
     async with quick(scheduler, LEASE_MS=200):
         await pool.beat(slots=2)
         await pool.submit(ticket(1))
         await redis.hset(f"{KEY}:progress", "r1", "7,2,5")
         counter = float(await redis.zscore(f"{KEY}:counters", "a") or 0)
         await scheduler.renew("p", [("r1", TokenCounts(7, 2, 9))])
-        assert await redis.zscore(f"{KEY}:counters", "a") == pytest.approx(counter + 2 * 4), "only what is new is charged"
+        assert await redis.zscore(f"{KEY}:counters", "a") == pytest.approx(counter + 2 * 4), "only the new usage is charged"
         await redis.hset(f"{KEY}:progress", "r1", "7,2,10")
 
         async def lost() -> bool:
@@ -237,7 +238,7 @@ async def test_checkpoints_of_the_release_before_are_read(pool: Pool, scheduler:
 
 
 async def test_the_release_before_reads_our_checkpoints(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
-    """By the pattern that its library has. Figures that a later release adds come after the three."""
+    """The release before reads checkpoints by a pattern in its library. Figures that a later release adds come after the three."""
     await pool.beat()
     await pool.submit(ticket(1))
     await scheduler.renew("p", [("r1", TokenCounts(7, 2, 5))])
@@ -253,14 +254,14 @@ async def test_limits_of_another_layout_are_counted_anew(pool: Pool, redis: Redi
 
 
 async def test_two_releases_at_once_do_not_read_each_others_limits(pool: Pool, scheduler: Scheduler, redis: Redis) -> None:
-    """The pools of one are rebuilt already, those of the other not yet; what is counted of a tenant, both would share."""
+    """The pools of one release are rebuilt already, those of the other not yet. Both would share the counts of a tenant."""
     few = replace(ticket(1), limits=(LimitedScope("t", "tenant", max_concurrent=1),))
     newer, older = of_layout(redis, 1000), of_layout(redis, 1)
     assert await pool.submit(replace(few, id="of-now")) == ["queued"]
-    await newer.stats("p")  # makes everybody doubt what is counted
+    await newer.stats("p")  # makes every gateway doubt the counted usage
     assert (await newer.submit(replace(few, id="a"), Bounds(9, 9)))["state"] == "queued"
     assert (await older.submit(replace(few, id="b", pool="q"), Bounds(9, 9)))["state"] == "queued"
-    # As a scope of theirs would look: nothing that can be read.
+    # A scope of the other release would look like this: it cannot be read.
     told = str(await redis.get("lmaas:limits"))
     await redis.eval("redis.call('SET', 'lmaas:limits:t', cmsgpack.pack({ running = 'two', memory = ARGV[1] }))", 0, f"1/{told}")
     assert (await newer.submit(replace(few, id="c"), Bounds(9, 9)))["state"] == "queued"
@@ -274,10 +275,10 @@ async def test_a_release_that_comes_back_counts_anew(pool: Pool, scheduler: Sche
     await pool.submit(ticket(9))
     await newer.stats("p")
     assert (await newer.submit(few, Bounds(9, 9)))["state"] == "queued"
-    # Rolled back: it does not know of that one, which so never ends. And forward again.
+    # Roll back: the older release does not know that ticket, which therefore never ends. Then roll forward again.
     await redis.delete("lmaas:{p}:vars")
     await redis.set("lmaas:limits", "of-another")
-    await asyncio.sleep(0.002)  # the time that tells the two apart is in milliseconds
+    await asyncio.sleep(0.002)  # the times that distinguish the two memories are in milliseconds
     await newer.stats("p")
     assert (await newer.submit(replace(few, id="again"), Bounds(9, 9)))["state"] == "queued"
 
@@ -295,7 +296,7 @@ async def test_an_older_release_does_not_touch_what_a_newer_one_uses(scheduler: 
     assert (await newer.submit(ticket(1), Bounds(9, 9), waited_ms=5))["state"] == "queued"
     with pytest.raises(Unavailable):
         await pool.submit(ticket(2))
-    # What ends at the older one is charged even so.
+    # Usage of a ticket that ends at the older one is still charged.
     assert await scheduler.release(ticket(1), '{"request_id": "r1", "status": "completed"}', 5) is False
     assert [(event["request_id"], event["status"]) for event in await pool.events()] == [("r1", "lost"), ("r1", "completed")]
     assert await pool.states() == {"r1": "queued"}

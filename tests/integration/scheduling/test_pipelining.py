@@ -1,4 +1,4 @@
-"""Calls to Redis that go out together, on a real server."""
+"""Calls to Redis that are sent together, on a real server."""
 
 import asyncio
 from typing import Any
@@ -17,18 +17,18 @@ from tests.support.conditions import until
 
 
 async def at_once(pipelined: PipelinedConnection, *commands: tuple[str | int, ...]) -> list[Any]:
-    """What each command is answered."""
+    """Send commands at once, and return the reply to each."""
     return await asyncio.gather(*(pipelined.send(*command) for command in commands), return_exceptions=True)
 
 
 async def sent(redis: Redis, command: str) -> int:
-    """How often the server was asked."""
+    """Return how often the server received a command."""
     stats: Any = await redis.info("commandstats")
     return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
 class Between:
-    """Passes on what a server and its client say, but what the server says at one moment."""
+    """A proxy between a server and its client, which replaces one of the server's replies."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -79,7 +79,7 @@ async def test_somebody_who_leaves_takes_nobody_along(redis: Redis) -> None:
     answers = await asyncio.gather(*under_way, *waiting, return_exceptions=True)
     assert isinstance(answers[0], asyncio.CancelledError)
     assert isinstance(answers[3], asyncio.CancelledError)
-    # Who left before it was sent was not sent; the replies of the others are not shifted by one.
+    # Commands that were cancelled before they were sent were not sent; the replies to the others are not shifted.
     assert (answers[1:3], answers[4:]) == ([2, 3], [1, 2])
 
 
@@ -143,7 +143,7 @@ async def test_replies_that_came_before_the_connection_was_lost_are_not_asked_fo
     pipelined = PipelinedConnection(redis)
     before = await sent(redis, "incr")
     number = await pipelined.send("CLIENT", "ID")
-    # The second command ends the connection on which the third would be answered.
+    # The second command ends the connection before the third gets its reply.
     answers = await at_once(pipelined, ("INCR", "a"), ("CLIENT", "KILL", "ID", number, "SKIPME", "no"), ("ECHO", "x"))
     assert answers[0] == 1
     assert answers[2] == "x"
@@ -201,7 +201,7 @@ async def test_who_has_gone_is_not_sent_again(redis: Redis, monkeypatch: pytest.
     await until(lambda: not pipelined.unsent, every_s=0)
     gone.cancel()
     await stays
-    # What was on its way may have been done once; it is not sent a second time.
+    # A command that was in flight may have been executed once; it is not sent a second time.
     assert int(await redis.get("gone") or 0) <= 1
     assert int(await redis.get("stays") or 0) >= 1
 

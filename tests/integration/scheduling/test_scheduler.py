@@ -14,7 +14,7 @@ def pool(scheduler: Scheduler) -> Pool:
 
 
 async def order_of_grants(pool: Pool) -> list[str]:
-    """Release what runs until nothing is left; the tickets in the order of their grants."""
+    """Release running tickets until none is left; return the tickets in the order of their grants."""
     order: list[str] = []
     while placed := await pool.placed():
         assert len(placed) == 1
@@ -77,7 +77,7 @@ async def test_a_tenant_that_comes_back_does_not_jump_the_queue_twice(pool: Pool
         (2, [1, 1, 1], {"r0", "r1"}),
         (4, [3, 2, 1], {"r0", "r2"}),
         (4, [4, 1], {"r0"}),
-        (4, [9, 1], {"r0"}),  # more than a replica has: all of it
+        (4, [9, 1], {"r0"}),  # more slots than a replica has: all of it
         (4, [1, 9], {"r0"}),
     ],
 )
@@ -102,11 +102,11 @@ async def test_a_heavy_ticket_is_not_passed_over_for_ever(pool: Pool) -> None:
         running.remove(min(running))
         placed = {int(name[1:]) for name in await pool.placed()}
         if not placed - running:
-            break  # nobody passes it any more
+            break  # no ticket passes it any more
         running = placed
         passed += 1
         assert passed <= 68
-    # Twice what fair turns would have taken: one ticket of each of the two tenants that wait.
+    # Twice the turns of a fair order: one ticket of each of the two tenants that wait.
     assert passed == 64 + 2 * 2
     await pool.release(*running)
     assert await pool.placed() == {"r0"}
@@ -184,7 +184,7 @@ async def test_without_an_adapter_slot_others_pass_until_one_is_emptied(pool: Po
         passed += 1
         await pool.release(number)
     assert passed == 32 + 2 * 2
-    # What does not hold it up goes on, for as long as the slot takes to be empty.
+    # Tickets that do not delay it continue for as long as the slot takes to be empty.
     for number in range(300, 400):
         assert await pool.submit(ticket(number, f"t{number}")) == ["granted"]
         await pool.release(number)
@@ -201,7 +201,7 @@ async def test_one_that_needs_a_whole_replica_does_not_stop_the_others(pool: Poo
     for number in range(10, 110):
         assert await pool.submit(ticket(number, f"t{number}")) == ["granted"]
         await pool.release(number)
-    # One replica takes nothing more, until it is empty.
+    # One replica takes no more tickets until it is empty.
     assert await pool.submit(ticket(200, "b"), ticket(201, "c")) == ["granted", "queued"]
     free = next(name for name, each in (await pool.replicas()).items() if each["load"] == 1)
     [last] = [name for name, each in (await pool.tickets()).items() if each.get("replica") == free]
@@ -224,13 +224,13 @@ async def test_the_replica_where_the_adapter_runs_is_preferred_then_where_it_is_
     await pool.beat("resident", slots=4, adapter_slots=2, resident=("A",))
     first = await scheduler.submit(ticket(1, adapter="A"), Bounds(10, 10_000))
     assert (first["state"], first["replica"]) == ("granted", "resident")
-    # Busier than the others, but it runs there already.
+    # Busier than the others, but it already runs the adapter.
     await pool.beat("also", slots=4, adapter_slots=2, resident=("A",))
     second = await scheduler.submit(ticket(2, adapter="A"), Bounds(10, 10_000))
     assert second["replica"] == "resident"
     # The base model goes to the least loaded.
     assert (await scheduler.submit(ticket(3), Bounds(10, 10_000)))["replica"] != "resident"
-    # A full replica is no preference.
+    # A full replica is not preferred.
     await scheduler.submit(ticket(4, adapter="A"), Bounds(10, 10_000))
     await scheduler.submit(ticket(5, adapter="A"), Bounds(10, 10_000))
     assert (await scheduler.submit(ticket(6, adapter="A"), Bounds(10, 10_000)))["replica"] == "also"
@@ -256,7 +256,7 @@ async def test_an_adapter_is_evicted_only_when_nothing_runs_with_it(scheduler: S
     await pool.submit(ticket(1, adapter="A"))
     assert not await scheduler.evict("p", "x", "A")
     await pool.release(1)
-    assert (await pool.beat())["used"] == {}, "nothing has to make room"
+    assert (await pool.beat())["used"] == {}, "no ticket has to make room"
     assert await pool.submit(ticket(3, adapter="B")) == ["loading"]
     assert "A" in (await pool.beat())["used"]
     await pool.release(3)
@@ -319,7 +319,7 @@ async def test_a_long_queue_is_patient_and_a_short_one_beside_it_is_not(pool: Po
     # The first had its turn. Then the one ticket, of three tenants that wait, is passed over no more; the twenty would have let ten times
     # as many go by.
     assert passed == 1 + 32 + 2 * 3
-    # The empty slot is for whoever is first in the order of service.
+    # The empty slot goes to the first ticket in the order of service.
     await pool.release(0)
     assert await pool.placed() == {"r1"}
     await pool.check()

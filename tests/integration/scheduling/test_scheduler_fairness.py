@@ -1,7 +1,7 @@
 """The bound of "Fairness in Serving Large Language Models" (OSDI'24), theorem 4.4, measured from outside on the functions in a real Valkey.
 
-Two tenants that wait throughout get service that differs by at most 2 max(wp Linput, wq M), wherever one begins and ends to count: wp
-and wq are the costs of a prompt and a completion token, Linput the longest prompt, M the tokens that run at once. Service is by share.
+Two tenants that wait throughout get service that differs by at most 2 max(wp Linput, wq M) in any interval: wp and wq are the costs of a
+prompt and a completion token, Linput the longest prompt, M the tokens that run at once. Service is by share.
 """
 
 import itertools
@@ -29,7 +29,7 @@ WAITING = ("p", "q")
 
 @dataclass
 class Served:
-    """What tenants have been served so far, by what each ticket has told."""
+    """The service of each tenant so far, as the events of its tickets report it."""
 
     scheduler: Direct
     shares: dict[str, float]
@@ -50,13 +50,13 @@ class Served:
         self.tickets[one.id] = one
 
     def both_wait(self) -> None:
-        """Whoever of the two has fewer than two tickets in the queue sends more."""
+        """Submit tickets for each of the two tenants until it has two in the queue."""
         for tenant in WAITING:
             while [self.tickets[name].tenant for name, state in self.states().items() if state == "queued"].count(tenant) < 2:
                 self.submit(tenant)
 
     def serve(self, pick: int, tokens: int) -> None:
-        """One ticket that runs gets so many tokens further; if none, it ends."""
+        """Let a running ticket generate this many more tokens; if none, end it."""
         running = sorted(name for name, state in self.states().items() if state == "granted")
         name = running[pick % len(running)]
         most = self.tickets[name].completion_tokens
@@ -102,7 +102,7 @@ def test_two_tenants_that_wait_get_the_same_service_within_the_bound(
         served.both_wait()
         ahead.append(served.service("p") - served.service("q"))
         if pick == 9:
-            served.submit("r")  # somebody who comes and goes
+            served.submit("r")  # a third tenant that comes and goes
         served.serve(pick, tokens)
     running = slots * max(prompt + completion for prompt, completion in sizes)
     bound = 2 * max(units((PROMPT, 0, 0)), units((0, 0, running))) / min(shares[:2])

@@ -22,11 +22,11 @@ def pool(scheduler: Scheduler) -> Pool:
 
 
 async def news(pool: Pool, count: int, act: Any, gateway: str = "g") -> list[dict[str, Any]]:
-    """What a gateway hears while `act` is awaited: exactly `count` messages are waited for."""
+    """Return the messages to a gateway while `act` is awaited; wait for exactly `count` of them."""
     async with pool.redis.pubsub() as heard:
         await heard.subscribe(gateway_channel(gateway))
         while await heard.get_message(timeout=5) is None:
-            pass  # the word that the subscription stands
+            pass  # the confirmation of the subscription
         await act
         found: list[dict[str, Any]] = []
         while len(found) < count:
@@ -62,7 +62,7 @@ async def test_the_second_lost_engine_is_the_last(pool: Pool) -> None:
     await pool.beat("y")
     await pool.retry(1, "x")
     assert (await pool.retry(1, "y"))["state"] == "failed"
-    # Still known, until its gateway settles it; but it holds nothing.
+    # It is known until its gateway settles it, but holds nothing.
     assert (await pool.scheduler.renew("p", [("r1", None)]))["tickets"] == [{"state": "failed", "attempts": 2}]
     await pool.check()
     assert await pool.release(1) == [True]
@@ -112,7 +112,7 @@ async def test_an_expired_lease_is_charged_once_at_its_last_checkpoint(scheduler
     assert event["load_ms"] == 0
     assert await pool.states() == {"r2": "granted"}
     await pool.check()
-    # The gateway was only slow: its own word comes later, and the ledger takes that one.
+    # The gateway was only slow: its own event comes later, and the ledger takes that one.
     assert await scheduler.release(ticket(1), '{"request_id": "r1"}', 5) is False
     assert len(await pool.events()) == 2
 
@@ -241,7 +241,7 @@ async def test_listening_goes_on_after_the_connection_was_cut(scheduler: Schedul
     task = asyncio.create_task(listen())
     await until(lambda: heard == [""], every_s=0.01)
     await redis.client_kill_filter(_type="pubsub")
-    await until(lambda: heard == ["", ""], every_s=0.01)  # something may have been missed
+    await until(lambda: heard == ["", ""], every_s=0.01)  # a message may have been missed
     await redis.publish("c", "hello")
     await until(lambda: heard == ["", "", "hello"], every_s=0.01)
     task.cancel()
@@ -251,7 +251,7 @@ async def test_listening_goes_on_after_the_connection_was_cut(scheduler: Schedul
 async def test_a_replica_that_comes_back_counts_only_what_it_runs_now(pool: Pool) -> None:
     await pool.beat(slots=4, resident=("A",))
     await pool.submit(ticket(1, adapter="A"))
-    await pool.scheduler.deregister("p", "x")  # or: nothing heard of it for half a minute
+    await pool.scheduler.deregister("p", "x")  # or: no message for half a minute
     await pool.beat(slots=4, resident=("A",))
     await pool.submit(ticket(2, adapter="A"))
     await pool.release(1)
@@ -264,10 +264,10 @@ async def test_a_retry_that_was_sent_twice_counts_once(pool: Pool) -> None:
     await pool.submit(ticket(1))
     await pool.beat("y")
     await pool.retry(1, "x")
-    # The client library sends a call again if the connection was lost before its answer.
+    # The client library sends a call again if the connection was lost before the reply.
     reply = await pool.retry(1, "x", attempt=0)
     assert (reply["state"], reply["replica"], reply["attempts"]) == ("granted", "y", 1)
-    # Meanwhile its supervisor has looked.
+    # Meanwhile its supervisor has checked the engine.
     await pool.beat("x", cleared=True)
     await pool.retry(1, "x", attempt=0)
     assert (await pool.beat("x"))["suspect"] is False
@@ -308,7 +308,7 @@ async def test_a_server_without_memory_is_unavailable(pool: Pool, redis: Redis) 
     try:
         with pytest.raises(Unavailable):
             await pool.submit(ticket(2))
-        # What runs goes on and ends: that frees memory.
+        # Running tickets continue and end, which frees memory.
         await pool.scheduler.renew("p", [("r1", None)])
         await pool.scheduler.stats("p")
         assert await pool.scheduler.release(ticket(1), '{"request_id": "r1"}', 5)
@@ -334,7 +334,7 @@ async def test_late_word_of_an_earlier_delivery_is_not_charged(scheduler: Schedu
     assert await pool.redis.hgetall(f"{KEY}:progress") == {}
     await pool.beat(cleared=True)
     await pool.release(1)
-    assert await pool.redis.zscore(f"{KEY}:counters", "a") == 3  # what it used in the end
+    assert await pool.redis.zscore(f"{KEY}:counters", "a") == 3  # its usage in the end
 
 
 async def test_a_lost_ticket_that_failed_before_has_not_run_since(scheduler: Scheduler, pool: Pool) -> None:

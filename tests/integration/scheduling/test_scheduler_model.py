@@ -1,4 +1,4 @@
-"""Random histories of the scheduler: the functions in a real Valkey do what the model says, and what is promised holds after every step.
+"""Random histories of the scheduler: the functions in a real Valkey agree with the model, and all promises hold after every step.
 
 It tries 60 histories, times LMAAS_TEST_EFFORT. Each has up to 80 steps, and a step a few calls. After each call everything is compared.
 """
@@ -25,13 +25,13 @@ from tests.integration.scheduling.side_by_side import POOL, Both, Direct, librar
 from tests.support.effort import tries
 
 HISTORIES = tries(60)
-#: Whether a history that fails is made as short as it can be; that takes a minute or more.
+#: True if a failing history is made as short as possible; that takes a minute or more.
 SHRINK = os.environ.get("LMAAS_SHRINK", "1") == "1"
-#: With these, leases, heartbeats and the bounds of passing over run out within a few seconds and tickets.
+#: With these constants, leases, heartbeats and the bounds of passing over run out within a few seconds and tickets.
 SHORT = Rules(
     LEASE_MS=2500, STALE_MS=2000, GONE_MS=4000, AWAY_MS=1500, PRESENT_MS=3000, MAX_PASSES=4, RESERVE_PASSES=2, FAIR_TURNS=0, MAX_TRIES=100
 )
-#: And with these, not everything that waits is looked at, nor every counter kept.
+#: With these as well, a call does not look at everything that waits, nor keep every counter.
 NARROW = replace(
     SHORT,
     MAX_PASSES=3,
@@ -64,7 +64,7 @@ GATEWAYS = ("g", "h")
 REFUSED = ("refused", "refused_by_pool", "limited", "unseeded")
 USAGES: tuple[Tokens | None, ...] = (None, (0, 0, 0), (3, 1, 0), (7, 2, 5), (20, 10, 40))
 
-#: What limits there are → those of a tenant and its key.
+#: The kinds of limits, each with those of a tenant and its key.
 LIMITS: dict[str, Callable[[str], tuple[LimitedScope, ...]]] = {
     "none": lambda _: (),
     "requests": lambda tenant: (LimitedScope(f"t{tenant}", "tenant", requests_per_minute=3),),
@@ -83,7 +83,7 @@ LIMITS: dict[str, Callable[[str], tuple[LimitedScope, ...]]] = {
     ),
 }
 
-#: Its gateway holds, or has just lost, a lease.
+#: Tickets for which a gateway holds, or has just lost, a lease.
 LEASED = (TicketState.GRANTED, TicketState.REVOKED)
 picks = st.integers(0, 999)
 adapters = st.sampled_from(["", "", "A", "B", "C", "D"])
@@ -91,7 +91,7 @@ names = st.sampled_from(list(REPLICAS))
 
 
 class Histories(RuleBasedStateMachine):
-    """Gateways, supervisors and a controller that do one thing after the other, and die."""
+    """Gateways, supervisors and a controller that act in a random order, and die."""
 
     client: Redis
     schedulers: dict[str, Direct]
@@ -106,7 +106,7 @@ class Histories(RuleBasedStateMachine):
         Histories.histories += 1
         self.month = month_of(start + 3_600_000)
         self.number = 0
-        #: Accepted since the server last lost its memory; those whose gateway spoke again after it was given up.
+        #: Tickets accepted since the server last lost its memory; those whose gateway spoke again after it was given up.
         self.accepted: dict[str, Ticket] = {}
         self.late: set[str] = set()
         self.forgotten: list[Held] = []
@@ -148,7 +148,7 @@ class Histories(RuleBasedStateMachine):
         comes=st.lists(st.tuples(adapters, st.sampled_from([1, 1, 2, 5])), max_size=3),
     )
     def batch(self, lines: list[tuple[str, str, int]], quiet_s: int, comes: list[tuple[str, int]]) -> None:
-        """A batch runs where no request came for a while, and then some come."""
+        """A batch runs after a time without requests, and then some requests come."""
         for _ in range(quiet_s // 61):
             self.nobody_calls(61_000, True)
         self.all_is_well(load=True, replaced=True)
@@ -161,7 +161,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(pick=picks, adapter=adapters, count=st.integers(2, 6))
     def busy(self, pick: int, adapter: str, count: int) -> None:
-        """One comes whenever one goes."""
+        """A request comes whenever one ends."""
         for tenant in ("abcde" * 2)[pick % 5 :][:count]:
             self.ask(tenant, adapter)
             self.release(pick, 1, (5, 0, 20), 100)
@@ -173,7 +173,8 @@ class Histories(RuleBasedStateMachine):
         pick=picks,
     )
     def mixture(self, mix: list[tuple[str, str, int]], pick: int) -> None:
-        """More adapters than there are adapter slots; a heavy one is of the base model. What runs ends soon, what waits is passed over."""
+        """More adapters than adapter slots, and a heavy ticket of the base model. Running tickets end soon, waiting ones are passed
+        over."""
         for tenant, adapter, weight in mix:
             self.ask(tenant, adapter if weight == 1 else "", weight=weight)
         self.all_is_well(load=True, replaced=True)
@@ -190,7 +191,7 @@ class Histories(RuleBasedStateMachine):
         used=st.sampled_from(USAGES),
     )
     def at_the_limit(self, tenant: str, limits: tuple[str, str], ms: int, pick: int, used: Tokens | None) -> None:
-        """As much as there may be, and again after about a minute, when the limits may be others."""
+        """Submit up to the limits, and again after about a minute, when the limits may be others."""
         for _ in range(3):
             self.ask(tenant, limits=limits[0])
         self.release(pick, 1, used, None)
@@ -214,7 +215,7 @@ class Histories(RuleBasedStateMachine):
         seed: tuple[int, int | None] = (0, 0),
         background: bool = False,
     ) -> None:
-        """Submit a new ticket, as a gateway does. `seed` is the month (from this one) and the tokens that the ledger tells."""
+        """Submit a new ticket, as a gateway does. `seed` is the month (from this one) and the ledger's tokens."""
         self.number += 1
         name = f"r{self.number}"
         event, prices = json.dumps({"request_id": name}), (1_000_000, 100_000, 4_000_000) if priced else (0, 0, 0)
@@ -255,7 +256,8 @@ class Histories(RuleBasedStateMachine):
         self.taken[ticket.id] = (self.both.now, [limit.id for limit in ticket.limits if not ticket.background], 1, tokens)
 
     def within_limits(self, ticket: Ticket) -> None:
-        """In the last 60 s no more was accepted than the limits say, at once no more ran, in the month no more was reserved or used."""
+        """Check that the last 60 s accepted no more than the limits allow, that no more ran at once, and that the month reserved and used
+        no more."""
         for limit in ticket.limits:
             recent = [each for each in self.taken.values() if limit.id in each[1] and each[0] > self.both.now - 60_000]
             running = [name for name in self.model.tickets if limit.id in self.taken[name][1]]
@@ -267,7 +269,7 @@ class Histories(RuleBasedStateMachine):
             assert cost <= (limit.budget_per_month or 10**9) * 1_000_000
 
     def pick(self, pick: int, *states: TicketState) -> Held | None:
-        """One of the tickets of gateways that live."""
+        """Return one of the tickets of gateways that live."""
         known = [each for each in self.model.tickets.values() if each.ticket.gateway not in self.dead_gateways]
         known = [each for each in known if not states or each.state in states]
         return known[pick % len(known)] if known else None
@@ -291,7 +293,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(pick=picks, late=st.booleans())
     def say_again(self, pick: int, late: bool) -> None:
-        """A submit whose answer was lost; or the release of a gateway that was given up, but only slow."""
+        """Repeat a submit whose reply was lost, or send the release of a gateway that was given up but was only slow."""
         ended = sorted(set(self.accepted) - set(self.model.tickets) - self.late)
         if late and ended:
             name = ended[pick % len(ended)]
@@ -310,7 +312,7 @@ class Histories(RuleBasedStateMachine):
         elsewhere=names,
     )
     def retry(self, pick: int, count: int, reason: RetryReason, stale: int, elsewhere: str) -> None:
-        """Perhaps again and again, since the supervisor finds the engine well."""
+        """Deliver a ticket again, perhaps repeatedly, since the supervisor finds the engine well."""
         held = self.pick(pick, *LEASED)
         for _ in range(count):
             if held is not None and held.state in LEASED:
@@ -322,7 +324,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(gateway=st.sampled_from(GATEWAYS), tokens=st.sampled_from([None, (3, 1, 1), (5, 0, 12), (30, 10, 40)]))
     def renew(self, gateway: str, tokens: Tokens | None) -> None:
-        """Of all, whether they run or not: what a gateway says may come late."""
+        """Renew all tickets, whether they run or not: a gateway's reports may come late."""
         mine = [each.ticket.id for each in self.model.tickets.values() if each.ticket.gateway == gateway]
         self.both.renew([*((name, tokens) for name in mine), ("nobody", tokens)])
         self.took()
@@ -330,7 +332,7 @@ class Histories(RuleBasedStateMachine):
     # Supervisors.
 
     def name(self, place: str) -> str:
-        """The replica at this place now: one that has ended has another name in its next life."""
+        """Return the current name of the replica at this place: after its end, a new one with another name takes its place."""
         place = place if place in self.places else self.places[0]
         return f"{place}{self.lives[place]}"
 
@@ -352,7 +354,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(load=st.sampled_from([True, True, False]), replaced=st.booleans())
     def all_is_well(self, load: bool, replaced: bool) -> None:
-        """Every replica beats and loads what it should; what drained makes room for another."""
+        """Let every replica send a heartbeat and load the adapters that it should; drained ones make room for others."""
         self.absent.clear()
         for place in self.places:
             self.beat(place, cleared=True)
@@ -378,7 +380,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(place=names, adapter=adapters, what=st.sampled_from(["drains", "ends", "is silent", "evicts", "loads", "fails to load"]))
     def a_replica(self, place: str, adapter: str, what: str) -> None:
-        """Word may come of a replica that is not known, and of an adapter that nobody asked for."""
+        """A supervisor's report may name an unknown replica, or an adapter that no request needs."""
         name, adapter = self.name(place), adapter or "A"
         match what:
             case "drains":
@@ -399,7 +401,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 1, 2, 5]), tokens=st.sampled_from([None, None, (5, 0, 7)]))
     def time_passes(self, seconds: int, tokens: Tokens | None) -> None:
-        """Everybody who lives says so every second."""
+        """Let time pass, while every live process calls every second."""
         for _ in range(seconds):
             self.both.at(self.both.now + 1000)
             self.everybody_calls(tokens)
@@ -417,7 +419,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(ms=st.sampled_from([1, 400, 999, 1600, 3000, 60_000, 61_000]), then=st.sampled_from([True, True, False]))
     def nobody_calls(self, ms: int, then: bool) -> None:
-        """But then, perhaps, everybody does."""
+        """Let time pass without calls; after it, every process may call."""
         self.both.at(self.both.now + ms)
         if then:
             self.everybody_calls(None)
@@ -432,8 +434,8 @@ class Histories(RuleBasedStateMachine):
                 self.dead_gateways ^= {what[-1]}
                 self.time_passes(3, None)
             case "clock" if month_of(self.both.now - 3_600_000) == self.month:
-                # Set back, within a month. What was taken of the minute's limits is forgiven, and a silent replica looks fresh until
-                # somebody calls.
+                # Set the clock back, within a month. The minute's limits forget their usage, and a silent replica looks fresh until the
+                # next call.
                 self.both.at(self.both.now - 3_600_000)
                 self.taken = {name: (0, scopes, requests, tokens) for name, (_, scopes, requests, tokens) in self.taken.items()}
                 self.may_idle = True
@@ -441,7 +443,7 @@ class Histories(RuleBasedStateMachine):
                 self.lose_memory(mended="mended" in what)
 
     def lose_memory(self, mended: bool) -> None:
-        """Perhaps the next second mends it all."""
+        """Lose the memory; the next second may restore all of it."""
         there = list(self.model.replicas.values())
         self.forgotten += self.model.tickets.values()
         self.both.flush()
@@ -455,7 +457,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def put_back(self, pick: int) -> None:
-        """A gateway's next renewal: it restores what runs, and submits the rest."""
+        """Do a gateway's next renewal: it restores running tickets, and submits the rest."""
         if not self.forgotten:
             return
         held = self.forgotten.pop(pick % len(self.forgotten))
@@ -470,10 +472,10 @@ class Histories(RuleBasedStateMachine):
         self.accept(held.ticket)
         self.took()
 
-    # What holds after every step.
+    # Promises that hold after every step.
 
     def took(self, dispatched: bool = True) -> None:
-        """Looks at what one call has done."""
+        """Check the effects of one call."""
         Histories.steps += 1
         self.may_idle = self.may_idle and not dispatched
         for room, reserved, waiting in self.model.background_placements:
@@ -504,7 +506,8 @@ class Histories(RuleBasedStateMachine):
             assert (name in self.model.tickets) + names.count(name) - (name in self.late) == 1, name
 
     def no_replica_is_over_its_capacity(self) -> None:
-        """But with what was put back: that runs in any case. Interactive tickets run beside background ones, if need be."""
+        """Check that no replica exceeds its capacity, except with tickets that were put back, which run in any case. Interactive tickets
+        may run beside background ones."""
         for name, replica in self.model.replicas.items():
             slots, adapter_slots = REPLICAS[name[0]]
             most = max(self.model.front(replica), self.model.back(replica))
@@ -514,23 +517,23 @@ class Histories(RuleBasedStateMachine):
             assert len(self.model.running(replica)) <= adapter_slots or name in self.overfull
 
     def nothing_waits_that_could_run(self) -> None:
-        """Unless a slot is kept for one before it, which has been passed over often."""
+        """Check that no ticket waits that could run, unless a slot is kept for an earlier one that has been passed over often."""
         if self.may_idle:
             return
         now = self.model.time(self.both.now)
         for number, held in enumerate(self.model.in_order()):
             assert self.model.choose(now, held, Kept()) is None, held.ticket.id
-            if number == 0 and self.constants.MAX_TRIES > 1:  # else the call that looked may have given up before
-                # Nor is a background ticket in the way of the first one.
+            if number == 0 and self.constants.MAX_TRIES > 1:  # else the call may have stopped looking before
+                # No background ticket is in the way of the first ticket either.
                 yielding = [each for each in self.model.open_replicas(now) if self.model.back(each)]
                 assert all(self.model.in_the_way(held, each, Kept()) is None for each in yielding), held.ticket.id
             if self.model.passes(held) >= self.constants.RESERVE_PASSES:
                 return
 
     def teardown(self) -> None:
-        """In the end, with replicas that work, everybody has had a turn."""
+        """Check that in the end, with replicas that work, every ticket has had its turn."""
         if not getattr(self, "both", None) or not self.both.agreed:
-            return  # it is over already
+            return  # the history has ended already
         self.dead_gateways.clear()
         # After a minute without requests, nothing is reserved for them.
         self.nobody_calls(61_000, True)

@@ -1,4 +1,4 @@
-"""The month's figures of the limits, in a real Valkey: when the ledger is asked."""
+"""The month's figures of the limits, in a real Valkey, and the times at which they are requested from the ledger."""
 
 from msgspec.structs import replace
 
@@ -18,7 +18,7 @@ async def test_who_is_over_the_months_limit_costs_the_ledger_one_question(schedu
     reply = await scheduler.submit(over, BOUNDS)
     assert reply["state"] == "unseeded"
     assert (await scheduler.submit(over, BOUNDS, seeds={"t": Seed(reply["month"], 95, 0)}))["limit"] == "month_tokens"
-    assert (await scheduler.submit(over, BOUNDS))["limit"] == "month_tokens"  # nobody asks again
+    assert (await scheduler.submit(over, BOUNDS))["limit"] == "month_tokens"  # the figures are not requested again
 
 
 async def test_a_limit_of_the_month_that_comes_later_counts_nothing_twice(scheduler: Scheduler) -> None:

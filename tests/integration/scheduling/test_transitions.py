@@ -1,4 +1,4 @@
-"""One history in which tickets make every transition that the table has; the functions and their model agree after each call."""
+"""One history with every transition of the table; the functions and their model agree after each call."""
 
 from collections.abc import Iterator
 
@@ -66,7 +66,7 @@ def test_every_transition_happens(both: Both) -> None:
     both.loaded("w", "B")
     is_in(4, TicketState.GRANTED)
     both.release(ticket(4), None, None, None)
-    # A background ticket takes the last adapter slot only where interactive work is not recent, and gives it back.
+    # A background ticket takes the last adapter slot only if interactive work is not recent, and gives it back.
     for number, (adapter, state), (other, other_state) in (
         (5, ("B", TicketState.GRANTED), ("C", TicketState.LOADING)),
         (7, ("D", TicketState.LOADING), ("B", TicketState.GRANTED)),

@@ -113,7 +113,7 @@ def test_charts_are_written(trace: Path, tmp_path: Path) -> None:
 
 
 def _looks_right(text: str) -> None:
-    """A page that is whole, names what it shows, and asks nobody for anything."""
+    """Check that a page is complete, names its charts, and loads nothing from other servers."""
 
     class Page(HTMLParser):
         def __init__(self) -> None:

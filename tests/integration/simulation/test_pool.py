@@ -12,7 +12,7 @@ from lmaas.simulation.trace import Request
 from tests.integration.simulation.conftest import Replay
 
 SHARED, ZERO, ALWAYS = Arrangement.SHARED, Arrangement.SCALE_TO_ZERO, Arrangement.ALWAYS_ON
-#: What is beyond the idle timeout: the controller notices at its next look, the supervisor half a second later, the stop takes one.
+#: Time after the idle timeout: the controller notices at its next tick, the supervisor half a second later, and the stop takes a second.
 STOPPING_S = 1.5
 
 
@@ -22,7 +22,7 @@ def ask(at_s: float, tenant: str = "a", adapter: str = "", prompt: int = 100, co
 
 def test_one_request_costs_a_start_its_run_and_the_idle_timeout(play: Replay) -> None:
     result = play(SHARED, ask(0))
-    # Launched at 1, ready at 3, first token at 3.2, done at 4.2; idle for ten seconds at 14.2, seen at 15, gone at 16.5.
+    # Launched at 1, ready at 3, first token at 3.2, done at 4.2; idle for ten seconds at 14.2, noticed at 15, gone at 16.5.
     [span] = result.tally.spans
     assert span.launched_s == pytest.approx(1.0)
     assert span.ended_s == pytest.approx(16.5)
@@ -35,7 +35,7 @@ def test_one_request_costs_a_start_its_run_and_the_idle_timeout(play: Replay) ->
 
 def test_an_engine_that_is_always_on_has_no_start_and_never_stops(play: Replay) -> None:
     result = play(ALWAYS, ask(0), ask(100))
-    # It is paid for the trace's own time, and not until its last request is done.
+    # It is charged for the trace's own time, and not until its last request is done.
     assert result.tally.engine_s == pytest.approx(100)
     assert list(result.tally.ttft_s) == [pytest.approx(0.2), pytest.approx(0.2)]
     assert (result.tally.starts, result.tally.cold_requests) == (0, 0)
@@ -72,7 +72,7 @@ def test_a_request_that_comes_while_the_engine_stops_has_another_started_once_it
 
 def test_what_is_granted_at_the_last_moment_is_not_cut(play: Replay) -> None:
     result = play(SHARED, ask(0), ask(15.2, completion=51))
-    # Its engine is told to stop at 15.5; it ends after the last token, at 15.2 + 0.2 + 5.0.
+    # Its engine receives the stop at 15.5; it ends after the last token, at 15.2 + 0.2 + 5.0.
     assert result.tally.starts == 1
     assert result.tally.spans[0].ended_s == pytest.approx(20.4 + 1.0, abs=0.11)
 
@@ -107,7 +107,7 @@ def test_no_more_adapters_run_at_once_than_there_are_adapter_slots(play: Replay)
 
 def test_an_engine_keeps_as_many_adapters_as_it_has_room_for(play: Replay) -> None:
     again = [ask(20 * number, adapter=f"a/{number % 5}") for number in range(10)]
-    # Five adapters in turn, and room for four: each is gone when it is asked for again.
+    # Five adapters in turn, and room for four: each is gone when its next request comes.
     assert list(play(ALWAYS, *again).tally.ttft_s) == [pytest.approx(0.45)] * 10
     assert list(play(ALWAYS, *again, adapters_resident=5).tally.ttft_s) == [*[pytest.approx(0.45)] * 5, *[pytest.approx(0.2)] * 5]
 
@@ -118,7 +118,7 @@ def test_who_waits_for_too_long_is_given_up(play: Replay) -> None:
 
 
 def test_who_waited_and_runs_is_not_given_up(play: Replay) -> None:
-    # The engine is ready at 3; it runs until 13.2, long after the deadline of who waits.
+    # The engine is ready at 3; it runs until 13.2, long after the deadline of the waiting request.
     result = play(SHARED, ask(0, completion=101), deadline_s=5.0)
     assert (result.tally.completed, result.tally.expired) == (1, 0)
 
@@ -132,7 +132,7 @@ def test_tenants_that_wait_take_turns_by_tokens(play: Replay) -> None:
     def wait_of_the_last(tenant: str) -> float:
         flood = [ask(0, "flood", completion=41) for _ in range(40)]
         tally = play(ALWAYS if tenant == "flood" else SHARED, *flood, ask(5, tenant, completion=1)).tally
-        # The only one whose first token is its last.
+        # The only request whose first token is its last.
         [wait_s] = [ttft_s for ttft_s, total_s in zip(tally.ttft_s, tally.total_s, strict=True) if ttft_s == total_s]
         return wait_s
 
@@ -152,7 +152,7 @@ def test_every_request_of_a_random_day_ends_once_with_its_own_tokens(server: Red
         # Nothing is left in the queue.
         left = {str(key).rpartition(":")[2] for key in server.scan_iter("lmaas:*")}
         assert not left & {"tickets", "queue", "expiry", "needs", "replicas"}
-    # Engines are there as long as something runs, and for the idle timeout at most.
+    # Engines exist as long as something runs, and for the idle timeout at most.
     assert tally.busy_s < tally.engine_s
 
 

@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def by(action: Action) -> Audit:
-    """An action of an operator's key."""
+    """Return an action of an operator's key."""
     return Audit(action, Role.OPERATOR.value, "key_1", "req_1")
 
 
@@ -127,7 +127,7 @@ async def test_the_last_operator_key_can_be_revoked_by_force(db: Database) -> No
     with pytest.raises(Conflict):
         await tenants.revoke_key(db, None, key.id)
     assert (await tenants.revoke_key(db, None, key.id, force=True)).revoked_at is not None
-    # It has been revoked already, and is not the last of anything.
+    # It has been revoked already, and is not the last key of any kind.
     assert (await tenants.revoke_key(db, None, key.id)).revoked_at is not None
     # A tenant may be without keys.
     acme = await tenant(db, "acme")

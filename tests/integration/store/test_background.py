@@ -284,7 +284,7 @@ async def test_retention(db: Database, gateway_db: Database, jobs_db: Database, 
     assert await read_log(gateway_db, acme.id, "resp_1", -1) is None
     assert await delete_expired(controller_db) == 1
     assert (await count(db, "background_responses"), await count(db, "response_events"), await count(db, "responses")) == (1, 1, 2)
-    # A log expires first, so it is what goes first.
+    # The log expires first, so it is deleted first.
     assert await delete_oldest(controller_db, acme.id, 1) > 0
     assert (await count(db, "background_responses"), await count(db, "responses")) == (0, 2)
 

@@ -49,7 +49,7 @@ async def test_the_end_of_a_line_its_event_and_the_counts_are_one(db: Database, 
     batch_id = await make_batch(db, tenant_id, some_lines(3, POOL))
     runner_id = await register(jobs_db)
     leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 3})
-    # The stand-in of an attempt has come before its own event.
+    # The stand-in of an attempt has arrived before its own event.
     stand_in = ended(leases[0])
     await record_events(db, [usage_event(stand_in.request_id or "", tenant_id, status=UsageStatus.WASTED, charge_picousd=0)])
     group = [stand_in, ended(leases[1]), ended(leases[2], state="failed", event=False, answer=b'{"error": {}}')]
@@ -108,7 +108,7 @@ async def test_the_response_of_a_line_is_stored_with_its_end_or_not_at_all(db: D
         return ids, [await find_context(db, tenant_id, conversation_id) for conversation_id in ("conv_1", "conv_2")]
 
     ids, items = await stored()
-    assert ids == {"resp_0_1", "resp_1_1", "resp_2_1", "resp_3_1"}, "not that of the old lease"
+    assert ids == {"resp_0_1", "resp_1_1", "resp_2_1", "resp_3_1"}, "not the use of the old lease"
     assert items == [[b'{"id": "msg_2_1"}'], [b'{"id": "msg_0_1"}', b'{"id": "msg_3_1"}']]
     await end_lines(jobs_db, runner_id, [end_of(again, "conv_1")])
     ids, items = await stored()
@@ -125,7 +125,7 @@ async def test_what_counts_as_done_are_estimates_that_real_tokens_bear_out(
     lines = [line._replace(tokens=tokens) for line, tokens in zip(some_lines(5, POOL), estimates, strict=True)]
     batch_id = await make_batch(db, tenant_id, [*lines, *some_lines(1, "mod_2")])
     runner_id = await register(jobs_db)
-    # Those that are leased and given back, or refused, are no work of an engine.
+    # Lines that are leased and given back, or refused, are not work of an engine.
     leases = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 5})
     await give_back_lines(jobs_db, runner_id, leases[4:])
     refused = [ended(leases[2], state="failed"), ended(leases[3], state="failed", event=False)]
@@ -149,7 +149,7 @@ async def test_a_batch_whose_answers_are_too_large_stops(db: Database, jobs_db: 
     row = await batch_row(db, one)
     assert (row.status, row.stop_code, row.completed) == ("in_progress", TOO_LARGE, 2)
     assert "Send the requests that were not run in another batch." in row.stop_message
-    # Nothing of a batch is left to stop after its last line.
+    # After its last line, a batch has nothing left to stop.
     [last] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, two): 1})
     await end_lines(jobs_db, runner_id, [ended(last, answer=b"x" * 20)])
     row = await batch_row(db, two)
@@ -212,7 +212,7 @@ async def test_a_batch_is_found_with_its_own_tenant_only(db: Database, jobs_db: 
     assert not await settle(jobs_db, other, batch_id)
     await stop_batch(jobs_db, other, batch_id, "insufficient_quota", "not theirs")
     async with jobs_db.begin(other) as connection:
-        await delete_lines(connection, tenant_id, batch_id)  # the scope of the transaction protects what the condition names
+        await delete_lines(connection, tenant_id, batch_id)  # the scope of the transaction protects the rows that the condition names
     assert [portion async for portion in results(jobs_db, BatchLease(other, batch_id, runner_id, 1))] == []
     assert len(await line_rows(db, batch_id)) == 2
     row = await batch_row(db, batch_id)

@@ -1,4 +1,4 @@
-"""The number by which gateways know that their answers may be old."""
+"""The number that shows gateways that their cached reads may be stale."""
 
 from contextlib import AsyncExitStack
 
@@ -48,7 +48,7 @@ async def test_every_change_of_what_gateways_know_is_noted(db: Database) -> None
 
 
 async def test_changes_do_not_wait_for_each_other_and_none_is_lost(db: Database) -> None:
-    # Fewer rows to count in than there are transactions at once.
+    # Fewer rows to count in than transactions at once.
     async with db.begin(SYSTEM) as connection:
         await connection.execute(delete(changes).where(changes.c.slot > 2))
     before = await change_number(db)

@@ -39,7 +39,7 @@ def names(found: list[Item]) -> list[str]:
 
 
 async def sizes(db: Database) -> tuple[int, int, int, int]:
-    """What the only conversation says of its items, and what they are."""
+    """Return the recorded and the actual count and size of the only conversation's items."""
     async with db.begin(SYSTEM) as connection:
         count, size = (
             await connection.execute(text("SELECT item_count, size_bytes - octet_length(metadata) - 256 FROM conversations"))
@@ -84,7 +84,7 @@ async def test_a_conversation_is_stored_changed_and_deleted(db: Database, gatewa
 
 async def test_items_are_listed_in_parts_in_both_orders(gateway_db: Database, acme: str) -> None:
     await add_items(gateway_db, acme, "conv_1", items("msg_3", "msg_4"), MONTH)
-    # As many as asked for and one more, which says that there are more.
+    # As many as requested and one more, which shows that there are more.
     assert names(await list_items(gateway_db, acme, "conv_1", Part(2), newest_first=False)) == ["msg_1", "msg_2", "msg_3"]
     assert names(await list_items(gateway_db, acme, "conv_1", Part(2, "msg_2"), newest_first=False)) == ["msg_3", "msg_4"]
     assert names(await list_items(gateway_db, acme, "conv_1", Part(9), newest_first=True)) == ["msg_4", "msg_3", "msg_2", "msg_1"]
@@ -172,7 +172,7 @@ async def test_a_full_conversation_takes_no_more(db: Database, gateway_db: Datab
             assert caught.value.error_code == "conversation_full"
             assert await sizes(db) == before
             assert len(await find_context(gateway_db, acme, "conv_1")) == 2
-            # The end of a response is stored even so, and the next one does not begin.
+            # The end of a response is stored all the same, and the next one does not begin.
             await save_turn(gateway_db, acme, Response(limit, b"[]", b"{}"), "conv_1", items("msg_5", "msg_6"), MONTH)
             with pytest.raises(InvalidRequest, match="at most"):
                 await find_context(gateway_db, acme, "conv_1")

@@ -1,4 +1,4 @@
-"""Engine time, and what ran meanwhile, on a real Postgres."""
+"""Engine time, and the work during it, on a real Postgres."""
 
 from datetime import UTC, date, datetime
 

@@ -18,12 +18,12 @@ ANSWER = Answer(200, "application/json", b'{"a":1}')
 
 @pytest.fixture(autouse=True)
 def up_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server, which was started for these tests."""
+    """Treat the server, which has just been started for these tests, as up for an hour."""
     monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(hours=1))
 
 
 async def age(db: Database, interval: str) -> None:
-    """Let time pass."""
+    """Age the claims."""
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE idempotency SET seen_at = seen_at - CAST(:age AS interval)"), {"age": interval})
 
@@ -49,14 +49,14 @@ async def test_a_key_is_claimed_answered_and_expires(db: Database) -> None:
     await age(db, "2 minutes")
     assert await take(db, other) is None
     assert await take(db, second) == Earlier("r3", False, None)
-    assert await take(db, other) == Earlier("r3", True, None)  # nothing of the old answer is left
+    assert await take(db, other) == Earlier("r3", True, None)  # nothing of the old response is left
 
 
 async def test_a_key_that_is_given_up_is_free(db: Database) -> None:
     acme = await tenant(db, "acme")
     first, second = (Claim(acme.id, "k", b"same", f"r{number}") for number in (1, 2))
     assert await take(db, first) is None
-    await give_up(db, second)  # is not its own
+    await give_up(db, second)  # a request does not own another one's claim
     assert await take(db, second) == Earlier("r1", True, None)
     await give_up(db, first)
     assert await count(db) == 0
@@ -73,7 +73,7 @@ async def test_a_claim_is_taken_over_when_its_gateway_was_not_seen(db: Database)
         assert await take(db, second) == Earlier("r1", True, None)
     await age(db, "31 seconds")
     assert await take(db, second) is None
-    # The dead one comes back, and has nothing to say any more.
+    # The dead request comes back, but no longer owns the claim.
     await seen(db, [first])
     assert not await keep(db, first, ANSWER)
     await give_up(db, first)
@@ -84,7 +84,7 @@ async def test_a_claim_is_taken_over_when_its_gateway_was_not_seen(db: Database)
 async def test_of_many_at_once_one_gets_the_key(db: Database) -> None:
     acme = await tenant(db, "acme")
     claims = [Claim(acme.id, "k", b"same", f"r{number}") for number in range(20)]
-    for answered in (True, False, False):  # a new key, then an expired answer, then an abandoned claim
+    for answered in (True, False, False):  # a new key, then an expired response, then an abandoned claim
         results = await asyncio.gather(*(take(db, claim) for claim in claims))
         assert results.count(None) == 1
         winner = claims[results.index(None)]
@@ -102,7 +102,7 @@ async def test_keys_are_each_tenants_own_and_go_with_it(db: Database) -> None:
     await keep(db, theirs, ANSWER)
     await tenants.delete_tenant(db, acme.id)
     assert await count(db) == 1
-    # What was on its way: nothing of the tenant's comes into being any more.
+    # The running request stores nothing for the deleted tenant.
     assert not await keep(db, mine, ANSWER)
     assert await take(db, mine) == Earlier("", True, None)
     assert await count(db) == 1
@@ -149,7 +149,7 @@ async def test_after_a_restart_of_the_server_nobody_is_taken_for_dead(db: Databa
     assert await take(db, first) is None
     await age(db, "5 minutes")
     monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(seconds=29))
-    assert await take(db, second) == Earlier("r1", True, None), "it could not say that it lives"
+    assert await take(db, second) == Earlier("r1", True, None), "the owner could not prove that it is alive"
     monkeypatch.setattr(idempotency, "SERVER_STARTED", func.now() - timedelta(seconds=31))
     assert await take(db, second) is None
 
@@ -174,4 +174,4 @@ async def test_a_tenants_oldest_answers_go_beyond_what_is_kept(db: Database, mon
     monkeypatch.setattr(idempotency, "MAX_ANSWER_BYTES", 250)
     assert await delete_surplus(db) == 2
     assert await delete_surplus(db) == 0
-    assert await keys() == ["k", "k3", "k4", "k5"], "what runs stays"
+    assert await keys() == ["k", "k3", "k4", "k5"], "a running request keeps its claim"

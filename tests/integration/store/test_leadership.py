@@ -43,7 +43,7 @@ async def test_a_holder_that_is_silent_is_deposed_and_can_write_nothing_more(
     model = await base_model(db)
     async with leading(controller_db) as stuck:
         assert await add_replica(stuck, "rep_before", model.id)
-        # It says nothing, as a process that is stopped does.
+        # It sends nothing, like a process that is stopped.
         async with leading(other, check_s=0.05, silent_s=0.5) as active:
             assert await add_replica(active, "rep_new", model.id)
             with pytest.raises(LostLead):

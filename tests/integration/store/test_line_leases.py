@@ -87,7 +87,7 @@ async def test_what_a_lost_runner_leased_is_free(db: Database, jobs_db: Database
     assert await free_lost(jobs_db) == lost
     assert await free_lost(jobs_db) is None
     assert await pending(db, batch_id) == {POOL: (3, 30)}
-    # It cannot write any more, nor lease.
+    # It can no longer write or lease.
     await end_lines(jobs_db, lost, [ended(lease) for lease in leases])
     assert (await batch_row(db, batch_id)).completed == 1
     with pytest.raises(LeaseLost):
@@ -106,7 +106,7 @@ async def test_what_a_lost_runner_leased_is_free(db: Database, jobs_db: Database
 
 
 async def test_few_lines_are_leased_with_which_runners_were_lost(db: Database, jobs_db: Database, tenant_id: str) -> None:
-    """A runner that is lost for another reason must not make all the lines that it leased fail."""
+    """A runner that is lost for another reason must not make all of its leased lines fail."""
     batch_id = await make_batch(db, tenant_id, some_lines(40, POOL))
 
     async def losses(count: int) -> list[int]:
@@ -200,7 +200,7 @@ async def test_a_stopped_batch_fails_what_has_not_begun(db: Database, jobs_db: D
     [lease] = await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1})
     await stop_batch(jobs_db, tenant_id, batch_id, "insufficient_quota", "no budget " * 1000)
     await stop_batch(jobs_db, tenant_id, batch_id, "another", "later")
-    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): True}  # what runs may end
+    assert await stopped(jobs_db, [(tenant_id, batch_id)]) == {(tenant_id, batch_id): True}  # running lines may end
     assert await claim_lines(jobs_db, runner_id, POOL, {(tenant_id, batch_id): 1}) == []
     await end_lines(jobs_db, runner_id, [ended(lease)])
     assert await settle(jobs_db, tenant_id, batch_id)

@@ -1,4 +1,4 @@
-"""The migrations make exactly the tables that the code knows."""
+"""The migrations create exactly the tables that the code declares."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,7 +23,7 @@ def test_the_newest_schema_is_what_the_tables_say(database_url: str) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, metadata) == []
-        # Types and indexes that autogenerate does not look at closely.
+        # Types and indexes that autogenerate does not compare closely.
         unique = connection.execute(text("SELECT indexdef FROM pg_indexes WHERE indexname = 'tenants_name_key'")).scalar_one()
         assert "UNIQUE" in unique
         assert "deleted_at IS NULL" in unique
@@ -68,7 +68,7 @@ def older_url(database_url: str) -> str:
 
 @pytest.fixture
 def reader(older_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
-    """A transaction that goes on and on, and has read a table that is to be changed."""
+    """A long transaction that has read a table which a migration changes."""
     monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 0.05)
     engine = create_engine(driver_url(older_url))
     with engine.connect() as connection:

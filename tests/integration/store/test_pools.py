@@ -1,4 +1,4 @@
-"""Base models that come and go while others use them, and what the controller writes of their pools."""
+"""Base models that are created and deleted while others use them, and the state of pools that the controller writes."""
 
 import asyncio
 
@@ -66,7 +66,7 @@ async def test_starts_that_fail_in_a_row(db: Database) -> None:
     assert failed is not None
     assert (failed.count, failed.reason) == (2, "reason 1")
     assert 0 <= failed.ago_s < 60
-    # One that ends after it was ready is no failed start, and forgives those before it.
+    # A replica that ends after it was ready is not a failed start, and resets the count of those before it.
     await add_replica(db, "rep_good", model.id)
     await observe(db, "rep_good", Observed.READY, url="http://e")
     await observe(db, "rep_good", Observed.FAILED, reason="later")

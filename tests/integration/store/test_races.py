@@ -1,4 +1,4 @@
-"""Changes that meet: one waits for the other, and then decides on what the other has left.
+"""Simultaneous changes: one waits for the other, and then decides on the state that the other has left.
 
 Each test holds a transaction with the first change, starts the second one, and ends the first when the second waits for it.
 """
@@ -27,7 +27,7 @@ AUDIT = Audit(Action.ADAPTER_UPLOAD, "operator", "key_1", "req_1")
 
 
 class First:
-    """A transaction that is under way, and what waits for it."""
+    """An open transaction, and a count of the changes that wait for it."""
 
     def __init__(self, db: Database, connection: AsyncConnection) -> None:
         self._db, self.connection = db, connection
@@ -118,7 +118,7 @@ async def test_a_tenant_that_is_being_changed_to_the_same_has_one_record(db: Dat
 
 
 async def test_an_id_counts_more_than_a_name(db: Database) -> None:
-    """Older releases allowed names that begin as ids do."""
+    """Older releases allowed names that look like ids."""
     acme, gone = await tenant(db, "acme"), await tenant(db, "gone")
     await tenants.delete_tenant(db, gone.id)
     of_acme, of_gone = await tenant(db, acme.id), await tenant(db, gone.id)
@@ -170,7 +170,7 @@ async def test_an_upload_of_what_is_being_activated_changes_nothing(db: Database
 async def test_no_version_for_a_base_model_that_is_being_changed(db: Database, gateway_db: Database, change: str, code: str) -> None:
     base, acme = await base_model(db), await tenant(db, "acme")
     async with first(db) as changing:
-        # As a change and a deletion lock it.
+        # A change and a deletion lock the model like this.
         await changing.run("SELECT id FROM base_models FOR UPDATE")
         await changing.run(change)
         uploading = await changing.meets(upload(gateway_db, acme.id, "bot", base, validated=base))

@@ -40,7 +40,7 @@ def exchanges(stored: Sequence[Response]) -> list[Exchange]:
 
 
 async def age(db: Database, interval: str, table: str = "responses") -> None:
-    """Let time pass."""
+    """Age the rows."""
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text(f"UPDATE {table} SET expires_at = expires_at - CAST(:age AS interval)"), {"age": interval})  # noqa: S608 (our own names)
 
@@ -114,7 +114,7 @@ async def test_a_chain_has_limits(db: Database, gateway_db: Database, monkeypatc
     assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), (), whole=False)
     assert await find_chain(gateway_db, acme.id, "resp_8") == Chain((), exchanges(chain[:9]))
     monkeypatch.setattr(responses, "MAX_CHAIN", 1000)
-    # Only inputs and outputs count, not what else a response has, such as its tools.
+    # Only inputs and outputs count, not other parts of a response, such as its tools.
     size = len(b'["resp_0 in"]') + len(b'["resp_0 out"]') + responses.ROW_BYTES
     monkeypatch.setattr(responses, "MAX_CHAIN_BYTES", 10 * size)
     assert await find_chain(gateway_db, acme.id, "resp_9") == Chain((), exchanges(chain))

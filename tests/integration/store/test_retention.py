@@ -58,7 +58,7 @@ async def test_a_conversation_that_goes_on_at_the_time_stays(db: Database, gatew
     async with db.begin(SYSTEM) as connection:
         await connection.execute(text("UPDATE conversations SET expires_at = now() + interval '300 ms'"))
     async with db.begin(SYSTEM) as connection:
-        # It is locked by one that appends when the sweep comes.
+        # A transaction that appends to it holds its lock when the sweep comes.
         await connection.execute(text("UPDATE conversations SET expires_at = now() + interval '1 day'"))
         await connection.execute(text("SELECT pg_sleep(0.4)"))
         sweep = asyncio.create_task(delete_expired(controller_db))
@@ -83,7 +83,7 @@ async def test_a_deleted_tenants_state_goes_with_it(db: Database, gateway_db: Da
 
 async def test_the_oldest_go_beyond_a_tenants_bound(db: Database, gateway_db: Database, controller_db: Database) -> None:
     acme, globex = await tenant(db, "acme"), await tenant(db, "globex")
-    for number in range(4):  # 400 and 600 bytes, with what a row takes
+    for number in range(4):  # 400 and 600 bytes, plus the overhead of a row
         await save(gateway_db, acme.id, [Response(f"resp_{number}", b"[]", b"x" * 142)], MONTH)
         await create_conversation(gateway_db, acme.id, f"conv_{number}", b"{}", items("m" * 77), MONTH)
     await save(gateway_db, globex.id, [Response("resp_globex", b"[]", b"x" * 8)], MONTH)

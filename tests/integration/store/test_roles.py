@@ -39,7 +39,7 @@ ROWS = """
       queue_ms, load_ms, run_ms, created_at) SELECT 'r' || id, id, 'base', 'base', 'completed', false, 1, 0, 1, 1, 1, 1, now() FROM tenants;
     INSERT INTO audit_log (tenant_id, action, target) VALUES ('ten_a', 'x', 'y'), (NULL, 'x', 'y');
 """
-#: Since this version of Postgres, each membership says whether it is inherited.
+#: Since this version of Postgres, each membership has its own option for inheritance.
 PER_MEMBER = 160_000
 _numbers = itertools.count()
 
@@ -72,7 +72,7 @@ def new_database(postgres_url: str) -> Iterator[NewDatabase]:
 
 
 def as_before(url: str) -> None:
-    """Bring a database to the state in which the release before has left it: tables of the login, no roles."""
+    """Bring a database to the state of the release before roles: tables of the login, no roles."""
     engine = create_engine(driver_url(url))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -86,7 +86,7 @@ def as_before(url: str) -> None:
 
 
 async def check_tenancy(url: str, admin: Database, prefix: str) -> None:
-    """The rows of the older database are there for those who may see them."""
+    """Check that the rows of the older database exist and that only their readers can see them."""
     async with admin.begin(SYSTEM) as connection:
         assert await faults(connection, prefix) == []
     db = Database(url, DatabaseRole.GATEWAY, prefix=prefix)
@@ -114,14 +114,14 @@ async def test_an_older_database_is_upgraded_under_its_release(postgres_url: str
     with psycopg.connect(url) as connection:
         if rights == "CREATEROLE NOINHERIT" and connection.info.server_version < PER_MEMBER:
             pytest.skip("such an owner has no right on the schema public")
-    # Roles belong to the cluster: those of the other tests were made by a superuser, who alone may give them away.
+    # Roles belong to the cluster: a superuser made those of the other tests, and only a superuser may grant them.
     prefix = "lmaas" if rights is None else make_url(url).username or ""
     as_before(url)
     older = psycopg.connect(url, autocommit=True)
     upgrade(url, prefix=prefix)
     upgrade(url, prefix=prefix)
     if rights != "CREATEROLE NOINHERIT":
-        # The release before goes on: it sees everything, and knows nothing of the new column.
+        # The release before continues: it sees everything, and does not know the new column.
         assert older.execute("SELECT count(*) FROM usage_events").fetchone() == (2,)
         older.execute(
             "INSERT INTO adapter_versions (adapter_id, version, content_hash, rank, target_modules, size_bytes) "

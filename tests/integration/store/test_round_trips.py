@@ -1,4 +1,4 @@
-"""A scope costs no exchange with Postgres: a transaction of one statement is three, and a lost connection is found out by the first."""
+"""A scope adds no exchange with Postgres: a transaction of one statement takes three, and its first one detects a lost connection."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ READY = ord("Z")
 
 @dataclass
 class Proxy:
-    """Stands between a client and Postgres, and counts the server's answers: each ends with `ReadyForQuery`."""
+    """A proxy between a client and Postgres, which counts the server's replies: each ends with `ReadyForQuery`."""
 
     folder: Path
     answers: int = 0

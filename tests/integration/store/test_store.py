@@ -22,7 +22,7 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 
 async def settled(*attempts: Any) -> list[Any]:
-    """The results of what is done at once, or the codes of their errors."""
+    """Return the results of calls that run at once, or the codes of their errors."""
     results = await asyncio.gather(*attempts, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, LmaasError):
@@ -145,7 +145,7 @@ async def test_content_that_a_version_has_is_that_version(db: Database) -> None:
     assert await live(A, activate=False) == (1, 3, 3)
     assert await live(A, activate=True) == (1, 1, 3)
     assert await live(B, activate=True) == (2, 2, 3)
-    # It is the adapter's own versions that count.
+    # Only the adapter's own versions count.
     assert await upload(db, acme.id, "twin", base, content=B) == 1
     assert await upload(db, other.id, "bot", base, content=B) == 1
 
@@ -182,7 +182,7 @@ async def test_what_nobody_uses_any_more_may_be_deleted(db: Database) -> None:
     assert await adapters.find_served(db, acme.id, "bot", None) is None
     assert await adapters.find_served(db, other.id, "bot", None) is not None
     assert await adapters.delete_adapter(db, acme.id, "twin") == [B]
-    assert await upload(db, acme.id, "bot", base) == 1  # another adapter, though its name is the same
+    assert await upload(db, acme.id, "bot", base) == 1  # another adapter, although its name is the same
 
 
 async def test_nothing_comes_into_use_while_its_files_are_deleted(db: Database) -> None:
@@ -315,7 +315,7 @@ async def test_tenants_do_not_see_wasted_events(db: Database) -> None:
     shown = await usage.list_events(db, acme.id, Part(10), with_waste=False)
     assert [event.request_id for event in shown] == ["r1"]
     assert len(await usage.list_events(db, acme.id, Part(10))) == 2
-    # Another page begins after an event that the tenant sees.
+    # Another page begins after an event that the tenant can see.
     with pytest.raises(InvalidRequest):
         await usage.list_events(db, acme.id, Part(10, "w1"), with_waste=False)
 

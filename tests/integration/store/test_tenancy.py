@@ -1,4 +1,4 @@
-"""Tenancy that Postgres enforces: as a gateway's role, with one tenant's scope, nothing of another tenant is seen or touched."""
+"""Tenancy that Postgres enforces: with a gateway's role and one tenant's scope, no row of another tenant can be read or changed."""
 
 import inspect
 import secrets
@@ -58,7 +58,7 @@ MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass
 class Side:
-    """A tenant with a row in each table, whose names and keys are the other's too."""
+    """A tenant with a row in each table, whose names and keys are the same as the other tenant's."""
 
     id: str
     key_id: str
@@ -119,18 +119,18 @@ async def durable_work(db: Database, tenant_id: str, key_id: str) -> None:
 
 @dataclass
 class Both:
-    """Two tenants, of which the first acts."""
+    """Two tenants, the first of which acts."""
 
     db: Database
     gateway: Database
     base: BaseModel
     mine: Side
     theirs: Side
-    #: Conditions on tenants that were forgotten.
+    #: The conditions on tenants that were removed.
     forgotten: list[str] = field(default_factory=list)
 
     async def rows_of_theirs(self) -> dict[str, list[Any]]:
-        """Everything that the other tenant has."""
+        """Return all rows of the other tenant."""
         found: dict[str, list[Any]] = {}
         async with self.db.begin(SYSTEM) as connection:
             for table in _tables():
@@ -139,7 +139,7 @@ class Both:
         return found
 
     def seen(self, result: object) -> set[str]:
-        """Which of the other tenant's things a result holds."""
+        """Return the values of the other tenant that a result contains."""
         theirs = self.theirs
         things = {theirs.id, theirs.key_id, theirs.key_hash, theirs.adapter, theirs.content, theirs.claim.request_id, "req-other"}
         things |= {"item-other", "metadata-other", "input-other", "body-other", "file-of-other", "content-other", theirs.file}
@@ -210,7 +210,7 @@ async def test_without_a_tenant_no_row_is_seen(both: Both, table: Table) -> None
         assert (await connection.execute(text(f"SELECT count(*) FROM {table.name}"))).scalar_one() == 0  # noqa: S608
 
 
-#: What a tenant's own transaction may not do at all, whatever the row.
+#: Statements that a tenant's own transaction may not execute at all, whatever the row.
 FORBIDDEN = {
     "tenants": {"update", "delete"},
     "adapter_versions": {"update", "delete"},
@@ -230,7 +230,7 @@ FORBIDDEN = {
 }
 
 
-#: What a tenant's own transaction may do to no row that there is here: of keys, only sessions can be deleted.
+#: Statements that a tenant's own transaction may execute on no row of this test: of keys, it may only delete sessions.
 UNTOUCHED = {("api_keys", "delete")}
 
 
@@ -264,7 +264,7 @@ async def test_a_statement_without_where_stays_with_its_tenant(both: Both, table
 
 @pytest.mark.parametrize("table", [table for table in _tables() if table.name != "adapter_versions"], ids=lambda table: table.name)
 async def test_a_policy_reads_an_index(both: Both, table: Table) -> None:
-    """So that a tenant's rows are found among those of many. Versions are found by their adapter, whatever the policy."""
+    """A policy uses an index, so that a tenant's rows are found quickly among those of many. Versions are found by their adapter."""
     column = str(_tenant_column(table)).partition(".")[2]
     async with both.gateway.begin(both.mine.id) as connection:
         await connection.execute(text("SET LOCAL enable_seqscan = off"))
@@ -297,7 +297,7 @@ async def test_no_row_comes_into_being_for_another_tenant(both: Both, name: str)
     new = {"id": "new", "name": "new", "hash": "new", "version": 9, "key": "new", "position": 9} if name != "audit_log" else {"id": 10**9}
     values = dict(row) | {column: value for column, value in new.items() if column in table.c}
     async with both.db.begin(SYSTEM) as connection:
-        # It is the tenant that is wrong, and nothing else.
+        # Only the tenant is wrong.
         await connection.execute(insert(table).values(values))
         await connection.rollback()
     with pytest.raises(ProgrammingError, match="row-level security"):
@@ -410,7 +410,7 @@ async def test_the_ledger_is_final(both: Both, controller_db: Database) -> None:
             await connection.execute(text("DELETE FROM audit_log"))
 
 
-# Forgetting the WHERE of every store function.
+# Removing the WHERE of every store function.
 
 ITEM = conversations.Item("msg_9", b"mine")
 TURN = responses.Response("resp_9", b"mine", b"mine")
@@ -478,7 +478,7 @@ CASES: dict[str, Case] = {
     "batches.check_limits": lambda both: batches.check_limits(both.gateway, both.mine.id, BatchLimits(2, 9, "its tier")),
     "files.find_file": lambda both: files.find_file(both.gateway, both.mine.id, both.theirs.file),
     "files.list_files": lambda both: files.list_files(both.gateway, both.mine.id, Part(9)),
-    # With the other tenant's file, it would be one too many.
+    # With the other tenant's file, it would exceed the limit.
     "files.check_room": lambda both: files.check_room(both.gateway, both.mine.id, Quota(2, 9, "its tier"), 1),
     "files.tier_of": lambda both: files.tier_of(both.gateway, both.mine.id),
     "files.delete_file": lambda both: files.delete_file(both.gateway, both.mine.id, both.mine.file, audit=AUDIT),
@@ -515,7 +515,7 @@ CASES: dict[str, Case] = {
     "usage.list_events": lambda both: usage.list_events(both.gateway, both.mine.id),
     "usage_days.month_total": lambda both: usage_days.month_total(both.gateway, both.mine.id, 2026, 1),
 }
-#: Functions that name a tenant and are not a tenant's: an operator's own, or an insert, which has no WHERE.
+#: Functions that name a tenant but belong to no tenant: an operator's own, or an insert, which has no WHERE.
 NO_TENANTS = {
     "tenants.update_tenant",
     "tenants.delete_tenant",
@@ -536,7 +536,7 @@ NO_TENANTS = {
     "files.delete_expired",
     "files.due_checks",
     "files.expire_files",
-    # An insert, and a question about contents that are named with their tenants.
+    # An insert, and a query of contents that are named with their tenants.
     "files.expect_contents",
     "files.unused",
     "files.key_of",
@@ -578,7 +578,7 @@ def _functions(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def forgetting(both: Both, login: str = "lmaas_gateway") -> Iterator[None]:
-    """Take every condition on a tenant out of what gateways execute."""
+    """Remove every condition on a tenant from the statements that gateways execute."""
 
     def without(element: Any, **_: Any) -> Any:
         if not isinstance(element, BinaryExpression) or not isinstance(element.right, BindParameter):
@@ -608,8 +608,8 @@ async def test_a_forgotten_where_returns_nothing_of_others(both: Both, name: str
     right = await CASES[name](both) if changes_nothing else None
     with forgetting(both):
         result = await CASES[name](both)
-    assert both.forgotten, "there was no condition to forget"
-    if name not in ("adapters.unused", "adapters.add_version"):  # they are given the hashes
+    assert both.forgotten, "there was no condition to remove"
+    if name not in ("adapters.unused", "adapters.add_version"):  # their arguments are the hashes
         assert not both.seen(result)
     if changes_nothing:
         assert result == right

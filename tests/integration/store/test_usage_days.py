@@ -38,7 +38,7 @@ def figures(rows: list[UsageRow], *fields: str) -> list[tuple[Any, ...]]:
 
 
 async def agree(db: Database, *days: date) -> int:
-    """Check that the sums of these days are the ledger's, and return the number of their events."""
+    """Check that the sums of these days equal the ledger's, and return the number of their events."""
     total = 0
     for day in days or (FRIDAY, SATURDAY):
         events, differences = await compare(db, day)
@@ -270,7 +270,7 @@ async def test_rare_events_are_found_on_their_days(db: Database) -> None:
 
 
 def random_event(chance: random.Random, owners: list[str]) -> UsageEvent:
-    """One of few requests, so that many are written again, with any values that count."""
+    """Return an event of one of few requests, so that many are written again, with any values that count."""
     number = chance.randrange(40)
     tenant_id = owners[number % len(owners)]
     status = chance.choice([*UsageStatus])
@@ -293,7 +293,7 @@ def random_event(chance: random.Random, owners: list[str]) -> UsageEvent:
 
 
 async def test_sums_stay_exact_whatever_replaces_what_and_whoever_writes(db: Database) -> None:
-    """The metering writer and job runners write events of the same requests at the same time. None waits for the other for ever."""
+    """The metering writer and job runners write events of the same requests at the same time. None waits for another for ever."""
     chance = random.Random(16)
     owners = [(await tenant(db, f"t{number}")).id for number in range(3)]
 
@@ -302,7 +302,7 @@ async def test_sums_stay_exact_whatever_replaces_what_and_whoever_writes(db: Dat
             await record_events(db, [random_event(chance, owners) for _ in range(20)])
 
     async def runner() -> None:
-        # As `batch_lines.end_lines` does: all tenants in one transaction, in their order, each in its scope.
+        # As in `batch_lines.end_lines`: all tenants in one transaction, in their order, each in its scope.
         for _ in range(15):
             events = [random_event(chance, owners) for _ in range(20)]
             async with db.begin(SYSTEM) as connection:
@@ -390,7 +390,8 @@ async def test_the_migration_counts_what_is_there(before: Database, database_url
 
 
 async def test_the_running_release_writes_while_the_migration_counts(before: Database, database_url: str) -> None:
-    """Its writer goes on, so events arrive before, while and after their day is counted; none is missing, and none counts twice."""
+    """The writer of the running release continues, so events arrive before, while and after their day is counted. Each counts exactly
+    once."""
     stop = asyncio.Event()
     chance = random.Random(2)
 

@@ -1,4 +1,4 @@
-"""The embedded servers: started, killed, started again, in folders of all names."""
+"""The embedded servers: started, killed, started again, in folders with all kinds of names."""
 
 import importlib.util
 import os
@@ -76,7 +76,7 @@ def test_a_killed_postgres_starts_again_at_once_with_its_data(whole_family: bool
         url = server.url
         for _ in range(2):
             assert server.process is not None
-            # A backend that does not see the end of its postmaster, since it does not look.
+            # A backend that does not notice the end of its postmaster, since it does not check.
             engine = create_engine(driver_url(url))
             connection = engine.connect()
             [busy] = connection.execute(text("SELECT pg_backend_pid()")).scalars()
@@ -144,7 +144,7 @@ async def test_postgres_ends_with_its_parent_and_the_next_one_takes_its_place(tm
         assert parent.stdout is not None
         postmaster = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    # Whether the first one is still there or not.
+    # The next start works whether the first postmaster still runs or not.
     with started(Postgres(tmp_path / "data", tmp_path / "log")) as server:
         assert query(server, "SELECT 1") == [1]
     await until(lambda: not postmaster.is_running() or postmaster.status() == psutil.STATUS_ZOMBIE, 10)

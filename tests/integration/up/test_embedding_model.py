@@ -1,4 +1,4 @@
-"""The second base model of `lmaas up` and `lmaas init`: it embeds, it is optional, and it replaces nothing of an operator's."""
+"""The second base model of `lmaas up` and `lmaas init`: it embeds, it is optional, and it overwrites nothing that an operator has set."""
 
 import io
 from dataclasses import replace
@@ -25,7 +25,7 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 
 
 async def registered(settings: Settings, db: Database) -> tuple[BaseModel | None, str]:
-    """What is registered, and what is printed."""
+    """Register the model; return its row and the printed text."""
     said = io.StringIO()
     model = await register_embedding_model(settings, db, Console(file=said, width=300))
     return model, said.getvalue()
@@ -39,7 +39,7 @@ async def test_it_embeds_as_its_files_say(settings: Settings, db: Database) -> N
     assert (model.max_model_len, model.max_num_seqs) == (256, 64)
     assert [path.name for path in folder.parent.iterdir()] == [NAME], "no remains of the copy"
     assert {"config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling"} <= {path.name for path in folder.iterdir()}
-    # What an operator sets stays, and what settings say follows them.
+    # Values that an operator has set stay, and values that follow the settings follow them.
     await change_base_model(db, NAME, {"prompt_price": 5, "max_replicas": 3})
     again, _ = await registered(replace(settings, engine_max_num_seqs=128), db)
     assert again is not None
@@ -125,7 +125,7 @@ async def test_the_setting_names_another_one_or_none(settings: Settings, db: Dat
 
 
 async def test_the_default_model_may_be_it(settings: Settings, db: Database, tmp_path: Path) -> None:
-    """An operator who serves this model as the default one does not get it twice."""
+    """An operator who serves this model as the default model does not get it twice."""
     folder = write_model(tmp_path / NAME, architectures=["BertModel"])
     assert await registered(replace(settings, model=str(folder)), db) == (None, "")
     assert await list_base_models(db) == []

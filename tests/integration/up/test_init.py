@@ -75,7 +75,7 @@ async def test_another_key_replaces_the_last_one(db: Database) -> None:
     assert await put_operator_key(db, new) == "created"
     assert await find_principal(db, hash_key(old)) is None
     assert await find_principal(db, hash_key(new)) is not None
-    assert await find_principal(db, hash_key(other)) is not None, "keys that were made otherwise are not ours to revoke"
+    assert await find_principal(db, hash_key(other)) is not None, "`lmaas init` must not revoke keys that were made in other ways"
     with pytest.raises(SettingsError, match="revoked"):
         await put_operator_key(db, old)
     assert await find_principal(db, hash_key(new)) is not None, "a failure must not lock the operator out"

@@ -1,4 +1,4 @@
-"""Who may connect to the embedded Postgres."""
+"""Access to the embedded Postgres: the machine's users that may connect."""
 
 import os
 from dataclasses import replace
@@ -18,7 +18,7 @@ from lmaas.up.roles import prepare_database
 
 
 def as_nobody(target: str) -> str:
-    """Connect as another user of the machine, and return what the server says."""
+    """Connect as another user of the machine, and return the server's message."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -79,7 +79,7 @@ async def test_each_process_has_a_login_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_another_user_of_the_machine_gets_nothing(tmp_path: Path) -> None:
-    # A folder that all may enter: what refuses is the server.
+    # Every user may enter the folder, so the server is what refuses.
     with embedded.postgres(tmp_path / "postgres") as url:
         folder = tmp_path / "postgres"
         socket = folder / ".s.PGSQL.5432"
@@ -99,7 +99,7 @@ async def test_elsewhere_one_address_serves_all(postgres_url: str, tmp_path: Pat
     settings = Settings(home=tmp_path, database_url=url)
     logins = prepare_database(settings, embedded=False)
     assert logins.gateway == logins.controller == logins.jobs == settings
-    # One login for all, a superuser even: each process acts as its role all the same.
+    # One login for all processes, even a superuser: each process still acts as its role.
     gateway = logins.database(DatabaseRole.GATEWAY)
     for scope, role in ((SYSTEM, "lmaas_gateway"), ("ten_1", "lmaas_gateway"), (OPERATOR, "lmaas_operator")):
         async with gateway.begin(scope) as connection:

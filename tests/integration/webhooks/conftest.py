@@ -126,7 +126,7 @@ class Events:
 
 @pytest.fixture
 async def events(monkeypatch: pytest.MonkeyPatch, db: Database, jobs_db: Database) -> AsyncIterator[Events]:
-    """A tenant and a target. Runners look often for what is due."""
+    """A tenant and a target. Runners look for due deliveries often."""
     monkeypatch.setattr("lmaas.jobs.webhooks.LOOK_S", 0.05)
     async with target() as found:
         yield Events(db, jobs_db, (await tenant(db, "acme")).id, found)

@@ -1,4 +1,4 @@
-"""A target of webhooks: an HTTP server that records what it receives and answers as a test says."""
+"""A target of webhooks: an HTTP server that records requests and responds as the test wants."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,13 +24,13 @@ class Received:
 
 @dataclass
 class Target:
-    """The server. `answers` has what the next requests get; after that, `answer`."""
+    """The server. `answers` has the responses to the next requests; after those, it sends `answer`."""
 
     port: int = 0
     received: list[Received] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     answer: Answer = field(default_factory=lambda: status(200))
-    #: The connections that are open, and the most that were.
+    #: The open connections, and the most that were open at once.
     open: int = 0
     most_open: int = 0
 
@@ -60,14 +60,14 @@ class Target:
             answer = self.answers.pop(0) if self.answers else self.answer
             await answer(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the service may hang up at any time
+            pass  # the service may close the connection at any time
         finally:
             self.open -= 1
             writer.close()
 
 
 def status(code: int, **headers: str) -> Answer:
-    """Answer with a status."""
+    """Respond with a status."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
@@ -78,7 +78,7 @@ def status(code: int, **headers: str) -> Answer:
 
 
 def raw(text: bytes) -> Answer:
-    """Answer with these bytes."""
+    """Respond with these bytes."""
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(text)
@@ -88,7 +88,7 @@ def raw(text: bytes) -> Answer:
 
 
 async def never(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    """Do not answer until the service hangs up."""
+    """Do not respond until the service closes the connection."""
     await reader.read()
 
 

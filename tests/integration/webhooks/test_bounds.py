@@ -1,4 +1,4 @@
-"""Webhooks, and what waits and is kept for them, are bounded."""
+"""Bounds of webhooks, of waiting deliveries and of stored events."""
 
 import pytest
 
@@ -63,7 +63,7 @@ async def test_deliveries_are_kept_for_a_time_and_in_a_number(
     monkeypatch.setattr(deliveries, "MAX_ENDED", 4)
     await deliveries.trim(events.jobs, events.tenant_id, webhook_id)
     left = await events.deliveries(webhook_id)
-    assert len(left) in (4, 5), "what waits stays, however old it is"
+    assert len(left) in (4, 5), "waiting deliveries stay, however old they are"
     assert [each.state for each in left].count("pending") == 1
     assert await deliveries.delete_old_deliveries(controller_db) == 0
     assert await deliveries.overdue_s(controller_db) < 3600

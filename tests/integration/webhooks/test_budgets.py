@@ -44,7 +44,7 @@ async def test_each_part_of_a_budget_is_reported_once_a_month(events: Events, co
     await use("r0", unlimited.id, key_id=None)
     await use("r1", charge_picousd=49_999_999)
     await use("r2", status=UsageStatus.WASTED)
-    # The 15 tokens of the first request are half of what the key has.
+    # The 15 tokens of the first request are half of the key's budget.
     assert await budgets.check() == 1
     await use("r3", charge_picousd=1, key_id=None)
     assert await budgets.check() == 1

@@ -39,7 +39,7 @@ async def test_an_event_is_signed_as_openais_client_expects(events: Events) -> N
         assert (event.id, event.type, event.object) == (found.id, "batch.completed", "event")
         assert event.data.id == "batch_0"
         assert abs(event.created_at - time.time()) < 60
-        # Computed anew, without our code.
+        # Computed again, without the product's code.
         content = f"{found.id}.{received.headers['webhook-timestamp']}.{received.body.decode()}"
         expected = base64.b64encode(hmac.new(key, content.encode(), hashlib.sha256).digest()).decode()
         assert received.headers["webhook-signature"] == f"v1,{expected}"
@@ -121,7 +121,7 @@ async def test_targets_that_cannot_be_reached(events: Events) -> None:
 
 
 async def test_a_private_target_is_never_called(events: Events) -> None:
-    """Also one that was stored while an operator allowed it."""
+    """A private target is never called, not even one that was stored while an operator allowed it."""
     webhook_id = await events.webhook()
     async with events.runner(targets=Targets()):
         await events.add()
@@ -166,7 +166,7 @@ async def test_an_event_that_no_attempt_delivers_has_failed(events: Events) -> N
         found = await events.attempted(webhook_id, 2)
         assert (found.state, found.error) == ("failed", "The target answered with HTTP 500.")
         assert found.ended_at is not None
-        # It can be sent again, and begins anew.
+        # It can be sent again, with a new count of attempts.
         await rows.redeliver(events.db, events.tenant_id, webhook_id, found.id)
         found = await events.attempted(webhook_id, 3)
         assert found.state == "pending"
@@ -214,7 +214,7 @@ async def _audited(events: Events) -> list[str]:
 
 
 async def test_slow_targets_take_turns_with_others(events: Events) -> None:
-    """However much waits for a slow target, a few connections to it are open, and others are served."""
+    """However much waits for a slow target, only a few connections to it are open, and others are served."""
     slow = await events.webhook()
     events.target.answer = never
     await events.add(20)
@@ -235,7 +235,7 @@ async def test_slow_targets_take_turns_with_others(events: Events) -> None:
 
 
 async def test_a_runner_that_dies_leaves_its_deliveries_to_others(events: Events) -> None:
-    """At least once, under the same id: the target had accepted the event, but this was not stored."""
+    """Delivery is at least once, under the same id: the target had accepted the event, but this was not stored."""
     webhook_id = await events.webhook()
     events.target.answers.append(never)
     async with events.runner(attempt_s=60) as first, events.runner() as second:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT really writes them pass, if the engine computes them as PEFT does, and PEFT reads what is stored back to the same
+"""Adapters that PEFT itself writes pass the checks, if the engine computes them as PEFT does. PEFT reads the stored files back to the same
 model."""
 
 import json
@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-# PEFT's and transformers' own warnings are not ours to fix.
+# Warnings of PEFT and transformers are outside lmaas.
 pytestmark = pytest.mark.filterwarnings("ignore")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -47,7 +47,7 @@ def load(folder: Path, kind: Any = transformers.LlamaForCausalLM) -> Any:
 
 
 def fill(model: Any) -> Any:
-    """Training, as far as it matters here: every LoRA acts."""
+    """Train, as far as it matters here: every LoRA gets an effect."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name and not parameter.any():
@@ -58,7 +58,7 @@ def fill(model: Any) -> Any:
 
 
 def train(model_folder: Path, to: Path, dtype: Any = None, saving: Any = None, kind: Any = None, **options: Any) -> Any:
-    """An adapter that acts, in a folder as PEFT saves it; returns the adapted model."""
+    """Write an adapter with an effect to a folder as PEFT saves it; return the adapted model."""
     torch.manual_seed(2)
     options = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ATTENTION, **options}
     model = fill(peft.get_peft_model(load(model_folder, kind or transformers.LlamaForCausalLM), peft.LoraConfig(**options)))
@@ -67,7 +67,7 @@ def train(model_folder: Path, to: Path, dtype: Any = None, saving: Any = None, k
 
 
 def check(folder: Path, base: BaseModelShapes, model_folder: Path | None) -> AdapterFacts:
-    """Validates what is in a folder, and puts there what would be stored."""
+    """Validate the files of a folder, and write there what an upload would store."""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     facts = validate(config.read_bytes(), weights, base, lambda: model_folder)
     config.write_text(json.dumps(facts.config))
@@ -84,8 +84,8 @@ def logits(model: Any) -> Any:
 
 
 def loaded(model_folder: Path, folder: Path) -> Any:
-    """What PEFT computes with what is stored. Every module of the canonical config must be in the file: a missing one would only be a
-    warning."""
+    """Return PEFT's output for the stored files. The file must have every module of the canonical config: PEFT only warns of a missing
+    one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return logits(peft.PeftModel.from_pretrained(load(model_folder), folder).eval())
@@ -145,7 +145,7 @@ def test_a_base_model_whose_architecture_has_no_lora_on_embeddings(tmp_path: Pat
 )
 def test_what_peft_saves_passes_and_loads_again(model_folder: Path, base: BaseModelShapes, tmp_path: Path, options: dict[str, Any]) -> None:
     train(model_folder, tmp_path, **options)
-    # Not what the trained model computes: PEFT sorts the patterns when it saves, and another one may come first then.
+    # This differs from the trained model: PEFT sorts the patterns when it saves, and another one may come first then.
     expected = loaded(model_folder, tmp_path)
     facts = check(tmp_path, base, model_folder)
     assert facts.rank == max(options.get("r", 8), *options.get("rank_pattern", {}).values(), 0)
@@ -158,7 +158,7 @@ def test_what_peft_saves_in_each_dtype(model_folder: Path, base: BaseModelShapes
     before = loaded(model_folder, tmp_path)
     facts = check(tmp_path, base, model_folder)
     assert (len(facts.records), len(facts.left_out)) == (10, 2)
-    # The copies of base weights that are left out were rounded to the dtype.
+    # The omitted copies of base weights were rounded to the dtype.
     assert torch.allclose(before, loaded(model_folder, tmp_path), atol={"float16": 1e-3, "bfloat16": 1e-2}.get(dtype, 1e-6))
 
 
@@ -229,7 +229,7 @@ def test_pissa_converted_to_a_plain_adapter(model_folder: Path, base: BaseModelS
     assert torch.allclose(logits(model), loaded(model_folder, tmp_path / "after"), atol=1e-4)
 
 
-#: Also the tensors alone give these away.
+#: The tensors alone reveal these as well.
 BY_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "unsupported_adapter"),
     ({"modules_to_save": ["lm_head"]}, "unsupported_adapter"),

@@ -1,4 +1,4 @@
-"""What torch writes is refused as an adapter, and our cast to the engine's dtype is torch's."""
+"""torch's file formats are refused as adapters, and lmaas casts to the engine's dtype as torch does."""
 
 import io
 from pathlib import Path

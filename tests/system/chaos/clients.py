@@ -46,7 +46,7 @@ class Worker:
         self._service, self._client = service, client
         self._random = random.Random(seed)
         self.attempts: list[Attempt] = []
-        #: The responses whose end this worker has seen, and which the service therefore has stored: their ids and attempts.
+        #: The responses whose end this worker has received, and which the service has therefore stored: their ids and attempts.
         self.stored: list[tuple[str, Attempt]] = []
         self.current: Attempt | None = None
 
@@ -61,7 +61,7 @@ class Worker:
         return {"authorization": f"Bearer {self._client.key}"}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Send requests until told to stop, then finish the running one."""
+        """Send requests until `stop` is set, then finish the running one."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
             while not stop.is_set():
                 (kind,) = self._random.choices(list(KINDS), list(KINDS.values()))

@@ -1,11 +1,11 @@
-"""The protocols that the chaos test's clients speak: how a request is written, and what an answer says about it."""
+"""The protocols of the chaos test's clients: the shape of a request, and how to read a response."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 from tests.support.verdict import Attempt
 
-#: The beginnings of the texts of errors within a stream of responses, whose codes are OpenAI's own, and the codes that they stand for.
+#: The beginnings of the texts of errors within a stream of responses, whose codes are OpenAI's own, and the codes to which they correspond.
 _FAILURES = {"The engine failed": "engine_failed", "No engine had room": "no_capacity", "The request queue": "queue_unavailable"}
 
 
@@ -13,7 +13,7 @@ class Dialect(ABC):
     """One endpoint of one protocol."""
 
     path: str
-    #: Whether its answers can be streams.
+    #: True if its responses can be streams.
     streams = True
 
     @abstractmethod
@@ -22,14 +22,14 @@ class Dialect(ABC):
 
     @abstractmethod
     def read_event(self, event: dict[str, Any], attempt: Attempt) -> bool:
-        """Record what an event says. Returns True if it ends the stream."""
+        """Record the contents of an event. Returns True if it ends the stream."""
 
     @abstractmethod
     def completion_tokens(self, answer: dict[str, Any]) -> int:
-        """Return the completion tokens that a whole answer reports."""
+        """Return the completion tokens that a whole response reports."""
 
     def schema(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields by which an answer must fit a schema; none if the protocol has no such fields."""
+        """Return the fields that make a response fit a schema; none if the protocol has no such fields."""
         return {}
 
 
@@ -47,7 +47,7 @@ class Chat(Dialect):
         return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
     def read_event(self, event: dict[str, Any], attempt: Attempt) -> bool:
-        """Record the tokens, the usage or the error. The end is `[DONE]`, which is no JSON."""
+        """Record the tokens, the usage or the error. The end is `[DONE]`, which is not JSON."""
         if "error" in event:
             attempt.code = event["error"]["code"]
             return True
@@ -143,7 +143,7 @@ class Embeddings(Dialect):
     streams = False
 
     def body(self, words: str, max_tokens: int, *, stream: bool) -> dict[str, Any]:
-        """Return the body of a request with as many inputs as there are words, which are more than one part of a request has."""
+        """Return the body of a request with one input per word. The test uses more words than one part of a request can have inputs."""
         return {"input": [f"{words} {number}" for number in range(max_tokens)]}
 
     def read_event(self, event: dict[str, Any], attempt: Attempt) -> bool:

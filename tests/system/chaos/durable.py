@@ -1,4 +1,5 @@
-"""Owners of durable work: they upload files, create batches and background responses, and collect the results, whatever dies meanwhile."""
+"""Owners of durable work: they upload files, create batches and background responses, and collect the results, whatever process dies
+meanwhile."""
 
 import asyncio
 import json
@@ -39,9 +40,9 @@ class Owner:
     def __init__(self, service: Service, client: Client, seed: str) -> None:
         self._service, self._client = service, client
         self._random = random.Random(seed)
-        #: What was sent, by the name of the file.
+        #: The batches that were sent, by the name of the file.
         self.sent: dict[str, Sent] = {}
-        #: The ids of batches and responses whose cancellation was asked for.
+        #: The ids of batches and responses whose cancellation was requested.
         self.cancelled: set[str] = set()
         self.responses: list[str] = []
 
@@ -117,7 +118,7 @@ class Owner:
         return [await self._ask("GET", f"{RESPONSES}/{identifier}") for identifier in self.responses]
 
     async def ended(self) -> bool:
-        """Return whether everything has ended."""
+        """Return whether all work has ended."""
         if any(batch["status"] not in ENDED for batch in await self.batches()):
             return False
         return all(response["status"] not in UNFINISHED for response in await self.response_ends())

@@ -50,7 +50,7 @@ class DurableMonkey(Monkey):
         return "all"
 
     async def _freeze(self) -> str:
-        """Suspend a job runner until the others have taken over its work, and go on with other faults."""
+        """Suspend a job runner until the others have taken over its work, and continue with other faults."""
         name = self._random.choice(self._service.runners)
         await self._goes_on()
         self._frozen.append(asyncio.create_task(self._thaw(name), name="frozen"))

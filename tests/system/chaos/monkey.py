@@ -15,10 +15,10 @@ from tests.support.verdict import Fault
 from tests.system.chaos.clients import Worker
 from tests.system.chaos.service import CONTROLLERS, Service, now
 
-#: The processes that hold requests: what only they and Valkey know is lost with both.
+#: The processes that hold requests: facts that only they and Valkey know are lost if both die.
 HOLDERS = ("gateway", "runner")
 #: The minimum time between the death of one of them and a fault of Valkey: a lease (6 s) and its settlement. If both die within it,
-#: accepted requests that only they had are lost. That is a double fault, against which nothing is promised.
+#: accepted requests that only they had are lost. That is a double fault, for which lmaas promises nothing.
 APART_S = 9.0
 #: A stream with this many tokens has run for longer than the maximum age of a checkpoint.
 OLD_TOKENS = 230

@@ -7,7 +7,7 @@ from tests.system.chaos.service import Service
 
 
 async def comes_to_rest(service: Service) -> None:
-    """No slot is taken, no request waits, and Valkey knows of no request any more: everything is in the ledger."""
+    """Wait until no slot is taken, no request waits, and Valkey knows of no request any more: the ledger has everything."""
     redis = service.scheduler.redis
 
     async def rest() -> bool:
@@ -26,7 +26,7 @@ async def comes_to_rest(service: Service) -> None:
 
 
 async def _requests_in(redis: Any) -> list[str]:
-    """Everything in Valkey that names a request: tickets, leases, queues, checkpoints, usage events."""
+    """Return everything in Valkey that names a request: tickets, leases, queues, checkpoints, usage events."""
     found = []
     async for key in redis.scan_iter("*"):
         kind = await redis.type(key)

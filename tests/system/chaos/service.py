@@ -70,7 +70,7 @@ class Service:
 
     def __init__(self, home: Path, fake: str, changes: dict[str, Any], *, embeds: bool = False, runners: int = 0) -> None:
         self.settings = Settings(home=home)
-        #: Whether there is a second base model, EMBEDDER.
+        #: True if there is a second base model, EMBEDDER.
         self.embeds = embeds
         #: The names of the job runners.
         self.runners = [f"jobs-{number}" for number in range(runners)]
@@ -126,7 +126,7 @@ class Service:
             information: Any = client.info("server")
             return int(information["process_id"])
 
-    # Processes of ours
+    # Processes of lmaas
 
     def start(self, name: str) -> None:
         """Start a gateway, a controller or a job runner."""
@@ -272,7 +272,7 @@ class Service:
 @asynccontextmanager
 async def running(*, fake: str = "", embeds: bool = False, runners: int = 0, **changes: Any) -> AsyncIterator[Service]:
     """Run a service with an empty database until the end of the block. Its engines get the `fake` arguments; `changes` are settings. With
-    `embeds` it also has a base model that embeds, with `runners` so many job runners."""
+    `embeds` it also has a base model that embeds, with `runners` this many job runners."""
     # A short path, because a Unix socket's path may have at most 107 bytes.
     service = Service(Path(tempfile.mkdtemp(prefix="lmaas-chaos-")), fake, changes, embeds=embeds, runners=runners)
     async with AsyncExitStack() as exits:

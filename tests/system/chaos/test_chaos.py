@@ -1,18 +1,18 @@
 """Ledger equals truth when any one process dies at any moment.
 
-Real processes: Postgres, Valkey, two gateways, two controllers, and the supervisors and (fake) engines that the controllers start.
-Workers of three tenants send requests of all kinds and protocols, while a monkey kills (`kill -9`) gateways, controllers, engines,
-supervisors and Valkey, which comes back with its memory or without, flushes and stalls Valkey, and stops and starts Postgres. The test
-starts again what it has killed, as an init system does, and nothing else: whatever ends by itself fails the test.
+Real processes: Postgres, Valkey, two gateways, two controllers, and the supervisors and (fake) engines that the controllers start. Workers
+of three tenants send requests of all kinds and protocols, while a monkey kills (`kill -9`) gateways, controllers, engines, supervisors and
+Valkey, which comes back with its memory or without, flushes and stalls Valkey, and stops and starts Postgres. The test restarts only the
+processes that it has killed, as an init system does: a process that ends by itself fails the test.
 
-The fake engines write down every token when they make it (`lmaas.testing.truth`). What equality means for each way in which a request can
-end is said in `tests/support/verdict.py`.
+The fake engines record every token when they generate it (`lmaas.testing.truth`). `tests/support/verdict.py` defines equality for each way
+in which a request can end.
 
-A known limit, and no promise: a request of which only its gateway and Valkey know is gone if both lose it within the same
-seconds. The monkey keeps these two faults apart by more than a lease (`APART_S`); every other pair of faults may overlap.
+A known limit, and no promise: a request of which only its gateway and Valkey know is lost if both die within the same seconds. The monkey
+keeps these two faults apart by more than a lease (`APART_S`); every other pair of faults may overlap.
 
-The monkey goes on for 20 s, times LMAAS_TEST_EFFORT, and until every fault has come once. `CHAOS_SEED` repeats the choices of a run, not
-its timing.
+The monkey continues for 20 s, times LMAAS_TEST_EFFORT, and until it has caused every fault once. `CHAOS_SEED` repeats the choices of a run,
+not its timing.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from tests.system.chaos.rest import comes_to_rest
 from tests.system.chaos.service import GATEWAYS, Service, running
 
 SECONDS = tries(20)
-#: Name, workers, adapters, and how many requests may wait.
+#: Name, workers, adapters, and the maximum number of queued requests.
 TENANTS = (("acme", 8, 2, 256), ("globex", 8, 2, 256), ("bounded", 6, 1, 1))
 
 
@@ -81,25 +81,25 @@ async def test_the_ledger_equals_the_truth_whatever_dies(service: Service) -> No
     print(dict(verdict.statuses), dict(verdict.answers), f"oldest checkpoint {verdict.oldest_checkpoint_s:.2f} s")  # noqa: T201
     print(service.logs())  # noqa: T201
     assert not verdict.complaints, "\n".join([f"{len(verdict.complaints)} complaints", *verdict.complaints[:20]])
-    assert service.ended() == {}, "ended by itself"
+    assert service.ended() == {}, "a process ended by itself"
     rows = await list_replicas(service.db, ended=True)
     failed = [row for row in rows if row.observed in TERMINAL - {Observed.STOPPED} and row.id not in service.killed_replicas]
-    assert [row for row in failed if not _cut_short(row, service.faults)] == [], "replicas that nobody killed"
-    # That all this was put to the test at all.
+    assert [row for row in failed if not _cut_short(row, service.faults)] == [], "replicas that failed without a kill"
+    # The faults really hit requests in every state.
     assert len(attempts) >= 200
     assert {"completed", "aborted", "failed", "lost"} <= set(verdict.statuses), verdict.statuses
 
 
 def _cut_short(row: Replica, faults: list[Fault]) -> bool:
-    """Whether a replica was written off at its start because its controller was killed in the middle of that: then there is a row and
-    nothing else. Or because two controllers were active for a moment, as after the loss of the connection that holds the lead."""
+    """Return whether a replica was written off at its start because its controller was killed during it, which leaves a row and nothing
+    else, or because two controllers were active for a short time, as after the loss of the connection that holds the lead."""
     made = row.created_at.timestamp()
     disturbed = any(fault.kind.startswith(("controller", "postgres")) and fault.began - 10 < made < fault.ended + 3 for fault in faults)
     return disturbed and row.observed == Observed.LOST and row.ready_at is None
 
 
 async def _answers_again(service: Service, workers: list[Worker]) -> None:
-    """Every gateway answers every tenant: nothing needs a restart."""
+    """Check that every gateway serves every tenant without a restart."""
     stop = asyncio.Event()
     before = [len(worker.attempts) for worker in workers]
     jobs = [asyncio.create_task(worker.run(stop)) for worker in workers]
@@ -116,10 +116,9 @@ async def _answers_again(service: Service, workers: list[Worker]) -> None:
 
 
 async def _are_stored(service: Service, workers: list[Worker]) -> None:
-    """Every response whose end its client has seen can be read, by its own tenant only.
+    """Check that every response whose end its client has received can be read, by its own tenant only.
 
-    While Postgres was away, an answer was not held back for long: such a response may be lost if its gateway was killed before Postgres
-    came back.
+    While Postgres was away, a response was not held back for long: it may be lost if its gateway was killed before Postgres came back.
     """
     outages = [fault for fault in service.faults if fault.kind == "postgres"]
     url = service.url(service.gateways[0]) + RESPONSES

@@ -4,8 +4,8 @@ The processes and faults are those of `test_chaos.py`, with two job runners that
 work is taken from them. Three tenants have batches of 2,000 lines for several models and endpoints, and background responses, beside
 interactive requests. Some lines must fail, and some batches and responses are cancelled.
 
-What the files of the batches, the ledger and the engines' records must have in common is said in `tests/support/durable_verdict.py`. At the
-end nothing of the work is left: no lines, no leases, no tickets, and no bytes in the object store without a file.
+`tests/support/durable_verdict.py` defines the agreement of the batches' files, the ledger and the engines' records. At the end no work is
+left: no lines, no leases, no tickets, and no bytes in the object store without a file.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ TENANTS = {
 }
 #: The completion tokens of a line.
 TOKENS = (2, 12)
-#: How long all work may take after the last fault.
+#: The maximum time of all work after the last fault.
 END_S = 120.0
 
 
@@ -109,9 +109,9 @@ async def test_every_line_ends_once_whatever_dies(service: Service) -> None:
     print(f"charged {verdict.charged} tokens, wasted {verdict.wasted}; beside {dict(beside.statuses)}")  # noqa: T201
     complaints = verdict.complaints + beside.complaints
     assert not complaints, "\n".join([f"{len(complaints)} complaints", *complaints[:20]])
-    assert service.ended() == {}, "ended by itself"
+    assert service.ended() == {}, "a process ended by itself"
     await _nothing_is_left(service)
-    # That all this was put to the test at all.
+    # The faults really hit work in every state.
     assert lines >= 2000
     assert {"completed", "cancelled"} <= {str(end.batch["status"]) for end in ends}
     assert {"completed", "wasted"} <= set(verdict.statuses)
@@ -119,8 +119,8 @@ async def test_every_line_ends_once_whatever_dies(service: Service) -> None:
 
 
 async def _more(owner: Owner, stop: asyncio.Event) -> None:
-    """Create more work until told to stop: a small batch, of which each second one is cancelled, and background responses. There is never
-    more than one that has not ended, so that the work ends soon after the last fault."""
+    """Create more work until `stop` is set: small batches, every second one of which is cancelled, and background responses. At most one
+    has not ended at any time, so that the work ends soon after the last fault."""
     number = 0
     while not stop.is_set():
         number += 1
@@ -137,7 +137,7 @@ async def _more(owner: Owner, stop: asyncio.Event) -> None:
 
 
 async def _nothing_is_left(service: Service) -> None:
-    """Nothing of ended work is left in Postgres, and the object store has the bytes of files only."""
+    """Check that nothing of ended work is left in Postgres, and that the object store has the bytes of files only."""
     async with service.db.begin(SYSTEM) as connection:
         left = {
             table: (await connection.execute(text(f"SELECT count(*) FROM {table}"))).scalar_one()  # noqa: S608
@@ -146,5 +146,5 @@ async def _nothing_is_left(service: Service) -> None:
         rows = (await connection.execute(text("SELECT tenant_id, sha256 FROM files"))).all()
     assert left == {"batch_lines": 0, "batch_pools": 0}
     stored = {str(path.relative_to(service.settings.home / "objects")) for path in (service.settings.home / "objects/files").rglob("*")}
-    # The sweeper removes what a killed process left, later than this test waits.
+    # The sweeper removes the remains of a killed process, but later than this test waits.
     assert {f"files/{tenant}/{content}" for tenant, content in rows} <= stored

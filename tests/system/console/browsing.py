@@ -1,4 +1,4 @@
-"""A browser that visits the console, what it must never report, and screenshots for people."""
+"""A browser that visits the console, the faults that it must never report, and screenshots for people."""
 
 import os
 import shlex
@@ -41,14 +41,14 @@ class Visitor:
         await self.page.get_by_role("heading", level=1).wait_for()
 
     async def shot(self, name: str) -> None:
-        """Save a screenshot of the whole page, if the environment asks for it."""
+        """Save a screenshot of the whole page, if the environment requests it."""
         folder = os.environ.get(SCREENSHOTS)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 (only while a person looks at pages)
             await self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True, timeout=60_000)
 
     async def violations(self, *rules: str) -> list[str]:
-        """Return what axe finds on the page that is serious or critical, by these rules or by all."""
+        """Return axe's serious and critical findings on the page, by these rules or by all."""
         options: dict[str, Any] = {"resultTypes": ["violations"]}
         results = await Axe().run(self.page, options=options | ({"runOnly": list(rules)} if rules else {}))
         return [
@@ -59,7 +59,7 @@ class Visitor:
         ]
 
     async def overflow(self) -> int:
-        """Return how many pixels the page is wider than its window."""
+        """Return the number of pixels by which the page is wider than its window."""
         return int(await self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from tests.support.debian import program
 from tests.system.console.browsing import Visitor, visiting
 from tests.system.e2e.conftest import MODEL, Stack, start, stop
 
-#: Engines make a token every 30 ms, and open their port so late that people see a cold start.
+#: Engines generate a token every 30 ms, and open their port so late that people see a cold start.
 SETTINGS = {
     "LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine",
     "LMAAS_ENGINE_ARGS": "--fake-token-ms 30 --fake-start-ms 1500",
@@ -21,7 +21,7 @@ SETTINGS = {
     "LMAAS_BACKGROUND_MAX_WAIT_S": "1",
 }
 PRICES = {"prompt_price": 150_000, "cached_price": 75_000, "completion_price": 600_000, "engine_price": 1_200_000}
-#: One line of a batch that works, one of a model that does not exist, and one that is not valid for its endpoint.
+#: One line of a batch that succeeds, one for a model that does not exist, and one that is not valid for its endpoint.
 LINES = (
     {"custom_id": "good", "body": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}},
     {"custom_id": "typo", "body": {"model": "no-such-model", "messages": [{"role": "user", "content": "Hi"}]}},
@@ -76,7 +76,7 @@ def keys(stack: Stack) -> dict[str, str]:
 
 @pytest.fixture(scope="package")
 def sessions() -> dict[str, Any]:
-    """The cookies of those who have signed in."""
+    """The cookies of the roles that have signed in."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Every page: what axe finds in light and dark, whether it fits a narrow window, and whether its commands exist."""
+"""Every page: axe's findings in light and dark, its width in a narrow window, and the existence of its commands."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def addresses(who: str, objects: dict[str, str]) -> Iterator[str]:
 
 
 def unknown(command: list[str]) -> str | None:
-    """Return what the command line does not know of a command, or None. Nothing of it runs, since help is asked for."""
+    """Return the part of a command that the command line does not know, or None. The command does not run, because `--help` is added."""
     assert command[0] == "lmaas"
     result = CliRunner().invoke(cli, [*command[1:], "--help"])
     return None if result.exit_code == 0 else result.output
@@ -69,7 +69,7 @@ async def test_every_page_is_for_everyone(who: str, signed_in: SignedIn, objects
             await visitor.shot(f"{name}-light")
             faults += [f"{address}: {found}" for found in await visitor.violations()]
             await page.emulate_media(color_scheme="dark")
-            # What depends on the colours.
+            # Rules that depend on the colours.
             faults += [f"{address}, dark: {found}" for found in await visitor.violations("color-contrast", "link-in-text-block")]
             await visitor.shot(f"{name}-dark")
             for width in WIDTHS:

@@ -70,7 +70,7 @@ async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in
         await page.get_by_role("link", name="Upload an adapter").first.click()
         await page.get_by_label("Name").fill("my-bot")
         area = page.locator(".drop")
-        # One file alone is refused beside the field, and what was typed stays.
+        # A single file is refused beside the field, and the typed values stay.
         visitor.expected = {400}
         await drop(area, FILES[:1])
         await page.get_by_role("button", name="Upload").click()
@@ -83,7 +83,7 @@ async def test_an_adapter_is_uploaded_and_compared_with_its_base_model(signed_in
         await expect(page.get_by_role("heading", level=1)).to_have_text("my-bot")
         await expect(page.get_by_text("my-bot has version 1")).to_be_visible()
         await page.get_by_role("link", name="Compare with the base model").click()
-        # The engine is cold: the wait is told as it happens, and then the answers come side by side.
+        # The engine is cold: the page shows the wait as it happens, and then the answers side by side.
         await page.get_by_label("Message").fill("What is the capital of France?")
         await page.get_by_role("button", name="Run").click()
         first, second = side(visitor, "Model"), side(visitor, "Second model")
@@ -155,7 +155,7 @@ async def test_a_chart_is_drawn_beside_its_table(signed_in: SignedIn) -> None:
     figures = {"x": ["2026-11-28", "2026-11-29", "2026-11-30"], "series": [{"label": "charge", "values": [0.5, 0, 2.25]}], "unit": "$"}
 
     async def with_chart(route: Route) -> None:
-        """Add what a page with charts has to a page of the console, whose security policy stays."""
+        """Add the parts of a page with charts to a page of the console, whose security policy stays."""
         response = await route.fetch()
         head = "".join(f'<script src="/console/static/{name}" defer></script>' for name in ("vendor/uplot.min.js", "charts.js"))
         head += '<link rel="stylesheet" href="/console/static/vendor/uplot.min.css">'
@@ -244,7 +244,7 @@ async def test_an_operator_reads_a_cold_start_and_changes_bounds(signed_in: Sign
         await page.get_by_label("Idle time").fill("500")
         await page.get_by_role("button", name="Change the bounds").click()
         await expect(page.get_by_role("status").filter(has_text="were changed")).to_be_visible()
-        # A part that is fetched anew leaves what a person has opened as it is.
+        # A part that is fetched again keeps open what a person has opened.
         await page.get_by_text("Drain …").click()
         async with page.expect_response(lambda response: response.request.headers.get("hx-request") == "true"):
             pass
@@ -262,7 +262,7 @@ async def test_the_keyboard_alone_signs_in_and_runs_a_message(browser: Browser, 
                 await keyboard.press("Tab")
                 focused = await page.evaluate(FOCUSED)
                 if focused == name:
-                    # What has the focus shows it.
+                    # The focused element shows its focus.
                     assert await page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") != "none"
                     return
             raise AssertionError(f"Tab never reaches {name!r}")

@@ -27,7 +27,7 @@ START_S = 300.0
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """The first true answer of `condition()`; fails the test after `timeout_s` seconds."""
+    """Return the first true value of `condition()`; fail the test after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
@@ -53,40 +53,40 @@ class Stack:
         return str(self.credentials["base_url"]).removesuffix("/v1")
 
     def key(self, tenant: str, kind: str = "api_key") -> str:
-        """A key of a sample tenant."""
+        """Return a key of a sample tenant."""
         return str(self.credentials["tenants"][tenant][kind])
 
     def openai(self, tenant: str) -> OpenAI:
-        """OpenAI's client as this tenant."""
+        """Return OpenAI's client for this tenant."""
         return OpenAI(base_url=self.credentials["base_url"], api_key=self.key(tenant), max_retries=0, timeout=START_S)
 
     def async_openai(self, tenant: str) -> AsyncOpenAI:
-        """OpenAI's asynchronous client as this tenant."""
+        """Return OpenAI's asynchronous client for this tenant."""
         return AsyncOpenAI(base_url=self.credentials["base_url"], api_key=self.key(tenant), max_retries=0, timeout=START_S)
 
     def http(self, key: str) -> httpx.Client:
-        """A plain HTTP client with a key."""
+        """Return a plain HTTP client with a key."""
         return httpx.Client(base_url=self.root, headers={"authorization": f"Bearer {key}"}, timeout=START_S)
 
     def operator(self) -> httpx.Client:
-        """A plain HTTP client with the operator's key."""
+        """Return a plain HTTP client with the operator's key."""
         return self.http(self.credentials["operator_key"])
 
     def cli(self, *arguments: str) -> Any:
-        """The JSON that `lmaas --json …` prints."""
+        """Return the JSON that `lmaas --json …` prints."""
         command = [sys.executable, "-m", "lmaas", "--json", *arguments]
         done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """The replicas that have not ended."""
+        """Return the replicas that have not ended."""
         with self.operator() as client:
             data: list[dict[str, Any]] = client.get("/admin/v1/replicas").json()["data"]
             return data
 
     def processes(self, part: str = "") -> list[psutil.Process]:
-        """Our processes of this stack whose command line holds `part`: they all have its home in their environment."""
+        """Return lmaas processes of this stack whose command line contains `part`: all of them have its home in their environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -98,11 +98,11 @@ class Stack:
         return found
 
     def engines(self) -> list[psutil.Process]:
-        """The vLLM servers of this stack."""
+        """Return the vLLM servers of this stack."""
         return self.processes("vllm.entrypoints")
 
     def warm(self) -> str:
-        """See that an engine runs; answers its URL."""
+        """Start an engine if none runs; return its URL."""
         with self.openai("acme") as client:
             client.completions.create(model=MODEL, prompt="Hi", max_tokens=1)
         return str(next(row["url"] for row in self.replicas() if row["observed"] == "ready"))
@@ -120,7 +120,7 @@ class Stack:
 
 
 def start(home: Path, log: Path, **settings: str) -> Stack:
-    """`lmaas up` in this home, once it is ready, with more settings than a home and a port of its own."""
+    """Start `lmaas up` in this home and wait until it is ready, with more settings than a home and a port of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     environment |= {"LMAAS_HOME": str(home), "LMAAS_PORT": str(free_port()), "LMAAS_IDLE_TIMEOUT_S": "600"} | settings
     with log.open("wb") as output:
@@ -135,7 +135,7 @@ def start(home: Path, log: Path, **settings: str) -> Stack:
 
 
 def stop(stack: Stack) -> None:
-    """Ctrl-C, after which no process may be left."""
+    """Press Ctrl-C; afterwards no process may be left."""
     stack.process.send_signal(signal.SIGINT)
     assert stack.process.wait(120) == 0
     assert stack.processes() == []
@@ -144,7 +144,7 @@ def stop(stack: Stack) -> None:
 
 @contextmanager
 def started(home: Path, log: Path, **settings: str) -> Iterator[Stack]:
-    """`lmaas up` in this home for a block; a test may end it itself."""
+    """Run `lmaas up` in this home for a block; a test may end it itself."""
     stack = start(home, log, **settings)
     try:
         yield stack

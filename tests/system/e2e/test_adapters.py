@@ -1,4 +1,4 @@
-"""Uploading adapters and calling them: made elsewhere with PEFT, versions, rollback, pins, isolation, bad uploads."""
+"""Uploading and calling adapters: made elsewhere with PEFT, versions, rollback, pins, isolation, bad uploads."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ TOKENS = 24
 
 
 class Made:
-    """An adapter made with PEFT, and what PEFT's own forward answers with it."""
+    """An adapter made with PEFT, and the output of PEFT's own forward pass with it."""
 
     def __init__(self, folder: Path, expected: str, rank: int) -> None:
         self.folder, self.expected, self.rank = folder, expected, rank
@@ -49,7 +49,7 @@ def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **more)
         folder = tmp_path_factory.mktemp(name)
         with warnings.catch_warnings():
-            # PEFT warns of embeddings that are also the head, and says that it writes them beside an adapter for them.
+            # PEFT warns of embeddings that are also the head, because it writes them beside an adapter for them.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`|Setting `save_embedding_layers`")
             adapted = get_peft_model(base, config)
             with torch.no_grad():
@@ -70,7 +70,7 @@ def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def complete(stack: Stack, tenant: str, model: str) -> str:
-    """The greedy continuation of PROMPT."""
+    """Return the greedy continuation of PROMPT."""
     with stack.openai(tenant) as client:
         done = client.completions.create(model=model, prompt=PROMPT, temperature=0, max_tokens=TOKENS)
         assert done.model == model
@@ -103,7 +103,7 @@ def test_versions_rollback_and_pins(stack: Stack, made: dict[str, Made]) -> None
     stack.cli("--tenant", "acme", "adapter", "activate", "bot", "1")
     wait_for(lambda: complete(stack, "acme", "bot") == first.expected, 10, "the old version is live again")
     assert complete(stack, "acme", "bot@2") == second.expected
-    # The same files again are the version that they were.
+    # The same files again are the existing version.
     row = stack.cli("--tenant", "acme", "adapter", "upload", "bot", str(second.folder), "--base-model", MODEL, "--no-activate")
     assert (row["version"], row["live_version"], row["latest_version"]) == (2, 1, 2)
     assert {process.pid for process in stack.engines()} == engines, "no engine was restarted"

@@ -19,7 +19,7 @@ def _create(client: OpenAI, endpoint: Any, bodies: dict[str, dict[str, Any]]) ->
 
 
 def _answers(client: OpenAI, batch: Batch) -> dict[str, Any]:
-    """The bodies of a batch's answers once it has ended."""
+    """Return the bodies of a batch's responses once it has ended."""
     found = wait_for(lambda: _ended(client, batch), START_S, "the batch has ended")
     assert found.status == "completed"
     assert found.error_file_id is None, client.files.content(found.error_file_id).text
@@ -33,7 +33,7 @@ def _ended(client: OpenAI, batch: Batch) -> Batch | None:
 
 
 def test_a_batch_answers_as_requests_do(stack: Stack) -> None:
-    """The lines of a batch over a base model and an adapter, embeddings, and a background response, beside requests."""
+    """The lines of a batch over a base model and an adapter, embeddings, and a background response give the same results as requests."""
     stack.warm()
     chat: Any = {"messages": QUESTION, "temperature": 0, "max_tokens": 20}
     with stack.openai("acme") as acme, stack.openai("globex") as globex:

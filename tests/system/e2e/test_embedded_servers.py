@@ -29,13 +29,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Itera
 
 
 def servers(stack: Stack, name: str) -> list[psutil.Process]:
-    """The processes of an embedded server, the one that started the others first."""
+    """Return the processes of an embedded server, the one that started the others first."""
     first = [process for process in psutil.Process(stack.process.pid).children() if process.name() == name]
     return [*first, *(child for process in first for child in process.children())]
 
 
 def status(stack: Stack, path: str = "/v1/completions") -> int:
-    """The status of a small request, or 0 if there is no response."""
+    """Return the status of a small request, or 0 if there is no response."""
     with stack.http(stack.key("acme")) as client:
         try:
             if path == "/readyz":

@@ -1,4 +1,4 @@
-"""The second base model of `lmaas up`: no engine until it is asked for, then one beside the first model's."""
+"""The second base model of `lmaas up`: no engine until its first request, then one beside the first model's."""
 
 import math
 import re
@@ -42,7 +42,7 @@ def test_it_embeds_from_zero_beside_the_model_that_generates(stack: Stack) -> No
 
 
 def make_adapter(folder: Path) -> list[list[float]]:
-    """An adapter with a visible effect, as PEFT saves it; answers PEFT's own vectors of SENTENCES."""
+    """Write an adapter with a visible effect, as PEFT saves it; return PEFT's own vectors of SENTENCES."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel, AutoTokenizer

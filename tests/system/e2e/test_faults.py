@@ -1,4 +1,4 @@
-"""What dies, and what must hold then."""
+"""Processes that die, and the promises that hold then."""
 
 import asyncio
 import contextlib
@@ -13,19 +13,19 @@ from openai import AsyncOpenAI
 
 from tests.system.e2e.conftest import MODEL, Stack, wait_for
 
-#: Tokens of an answer that no client waits for.
+#: Tokens of a completion for whose end no client waits.
 WHOLE = 1900
 
 
 def events(stack: Stack) -> list[dict[str, Any]]:
-    """The ledger, newest first."""
+    """Return the ledger, newest first."""
     with stack.operator() as client:
         data: list[dict[str, Any]] = client.get("/admin/v1/usage/events?limit=1000").json()["data"]
         return data
 
 
 def counters(stack: Stack, url: str) -> tuple[int, int]:
-    """Prompt and generated tokens, as the engine counts them."""
+    """Return prompt and generated tokens, as the engine counts them."""
     with stack.operator() as client:
         lines = client.get(f"{url}/metrics").text.splitlines()
     totals = []
@@ -35,7 +35,7 @@ def counters(stack: Stack, url: str) -> tuple[int, int]:
 
 
 def ledger(stack: Stack, replica: str) -> tuple[int, int]:
-    """Prompt and completion tokens that the ledger has of one replica."""
+    """Return prompt and completion tokens that the ledger has of one replica."""
     mine = [event for event in events(stack) if event["replica_id"] == replica]
     return sum(event["prompt_tokens"] for event in mine), sum(event["completion_tokens"] for event in mine)
 
@@ -61,7 +61,7 @@ async def test_the_ledger_equals_the_engines_counters_also_for_a_client_that_was
     def aborted() -> list[dict[str, Any]]:
         return [event for event in events(stack) if event["status"] == "aborted" and event["replica_id"] == replica]
 
-    # The slot is free and the ledger has it within a second or so: the engine stops making tokens.
+    # The slot is free and the ledger has the request within about a second: the engine stops generating tokens.
     cut = await asyncio.to_thread(wait_for, aborted, 60, "the cut stream is in the ledger")
     # A token may be more than one line.
     assert 5 <= cut[0]["completion_tokens"] < 1500
@@ -76,7 +76,8 @@ async def test_the_ledger_equals_the_engines_counters_also_for_a_client_that_was
 
 
 async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_that_go(stack: Stack) -> None:
-    """Plain and streamed, three models, both endpoints, clients that leave in the middle, before the first token and while they wait."""
+    """The mix has plain and streamed requests, three models, both endpoints, and clients that disconnect in the middle, before the first
+    token and while they wait."""
     stack.cool()
     url = await asyncio.to_thread(stack.warm)
     replica = next(row["id"] for row in stack.replicas() if row["url"] == url)
@@ -87,7 +88,7 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
 
     async def streamed(client: AsyncOpenAI, model: str, leave_after: int | None) -> None:
         message = {"role": "user", "content": f"Tell me about the number {next(words)}."}
-        # Who leaves does so long before the end, unless this process stands still meanwhile.
+        # Clients that disconnect do so long before the end, unless this process stands still meanwhile.
         max_tokens = WHOLE if leave_after else 40
         stream = await client.chat.completions.create(
             model=model, messages=[message], max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
@@ -139,7 +140,7 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
 
     async with stack.async_openai("acme") as acme, stack.async_openai("globex") as globex:
         jobs = []
-        # More than the engine's slots: some wait, and leave while they do.
+        # More than the engine's slots: some wait, and disconnect while they do.
         for number in range(5):
             for client, model in ((acme, "json-bot"), (globex, "pirate-bot"), (acme, MODEL)):
                 jobs += [plain(client, model), streamed(client, model, None), streamed(client, model, 1 + 5 * number)]
@@ -153,7 +154,7 @@ async def test_the_ledger_equals_the_engines_counters_under_a_mix_with_clients_t
     mine = [event for event in events(stack) if event["replica_id"] == replica]
     assert {event["status"] for event in mine} == {"completed", "aborted", "probe"}
     assert any(event["status"] == "aborted" and event["completion_tokens"] for event in mine)
-    # Everyone who left in the middle, or would have if its answer had not come whole first.
+    # Every client that left in the middle, or would have if its response had not been complete first.
     assert sum(event["status"] == "aborted" or event["completion_tokens"] == WHOLE for event in mine) >= 15
 
 
@@ -167,7 +168,7 @@ async def test_requests_outlive_an_engine_that_is_killed(stack: Stack) -> None:
             for number in range(10)
             for client, model in ((acme, "json-bot"), (globex, "pirate-bot"), (acme, MODEL))
         ]
-        # Some run, some wait; none has had a byte, since none of them streams.
+        # Some run, some wait; none has received a byte, since none of them streams.
         await asyncio.sleep(0.5)
         for engine in stack.engines():
             os.kill(engine.pid, signal.SIGKILL)
@@ -190,7 +191,7 @@ async def test_requests_outlive_an_engine_that_is_killed(stack: Stack) -> None:
 def test_no_engine_outlives_its_supervisor(stack: Stack) -> None:
     stack.warm()
     (supervisor,) = stack.processes("lmaas supervise")
-    # Started plainly, the engine is the supervisor's child; forked, its keeper's.
+    # After a plain start, the engine is a child of the supervisor; after a fork, of its keeper.
     family = [process for engine in stack.engines() for process in (engine, *engine.children(recursive=True))]
     assert len(family) >= 2
     supervisor.kill()
@@ -203,6 +204,6 @@ def test_the_controller_may_die_at_any_time(stack: Stack) -> None:
     url = stack.warm()
     (controller,) = stack.processes("lmaas controller")
     controller.kill()
-    assert stack.warm() == url, "the replica serves on without a controller, and is adopted"
+    assert stack.warm() == url, "the replica serves without a controller, and is adopted"
     wait_for(lambda: stack.processes("lmaas controller"), 60, "the controller is started again")
     assert stack.warm() == url

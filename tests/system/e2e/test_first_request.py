@@ -1,4 +1,4 @@
-"""The first request to a service that was started just now."""
+"""The first request to a service that has just started."""
 
 import re
 from pathlib import Path

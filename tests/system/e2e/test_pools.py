@@ -41,7 +41,7 @@ def make_tiny(model_folder: Path, folder: Path) -> None:
 
 
 def make_adapter(base: Path, folder: Path) -> str:
-    """An adapter for it with a visible effect, as PEFT saves it; answers what PEFT generates with it."""
+    """Write an adapter for the model with a visible effect, as PEFT saves it; return PEFT's output with it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +55,7 @@ def make_adapter(base: Path, folder: Path) -> str:
 
 
 def generate(model: Any, tokenizer: Any) -> str:
-    """The greedy continuation of PROMPT."""
+    """Return the greedy continuation of PROMPT."""
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -93,7 +93,7 @@ async def test_two_pools_on_one_machine_each_with_its_own_adapters(stack: Stack,
     assert set(rows) == {MODEL, TINY}
     shown = stack.cli("model", "show", TINY)
     assert (shown["pool"]["ready"], shown["cpus"]) == (1, 0.5)
-    # Nothing of it is left when it has gone; the other pool has not noticed.
+    # No process of the pool is left after it has gone; the other pool is not affected.
     stack.cli("--tenant", "acme", "adapter", "delete", "tiny-bot", "--yes")
     stack.cli("replica", "stop", rows[TINY]["id"])
     wait_for(lambda: {row["base_model"] for row in stack.replicas()} == {MODEL}, 60, "the tiny one's engine has stopped")
@@ -114,7 +114,7 @@ def narrow(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
 
 @contextmanager
 def watched(stack: Stack) -> Iterator[list[int]]:
-    """How many engines ran at once, looked at again and again."""
+    """Record again and again how many engines run at once."""
     seen: list[int] = []
     end = threading.Event()
 
@@ -139,17 +139,17 @@ async def test_two_pools_take_turns_on_a_machine_that_holds_one_engine(narrow: S
                 done = await client.completions.create(model=model, prompt="One two", max_tokens=tokens, extra_body={"ignore_eos": True})
                 return str(done.model)
 
-            # Each is idle when the other is asked for: it gives way.
+            # Each pool is idle when a request for the other arrives, so it gives way.
             for model in (MODEL, "second", MODEL):
                 assert await ask(model) == model
             assert {row["base_model"] for row in narrow.replicas()} == {MODEL}
-            # Both are busy, one after the other is served.
+            # Both are busy, so they are served one after the other.
             flood = [asyncio.create_task(ask(MODEL, 300)) for _ in range(60)]
             assert await ask("second") == "second"
             assert await asyncio.gather(*flood) == [MODEL] * 60
     assert max(at_once) == 1
     ended = narrow.cli("replica", "list", "--ended")
-    assert {row["observed"] for row in ended} <= {"stopped", "ready", "draining"}, "none was lost or killed"
+    assert {row["observed"] for row in ended} <= {"stopped", "ready", "draining"}, "no replica was lost or killed"
     assert len(ended) <= 8, "they do not drain each other for ever"
     waiting = narrow.cli("model", "list")
     assert not any(row["pool"]["waits_for_machine"] for row in waiting)

@@ -38,7 +38,7 @@ def test_tokens_are_counted_without_an_engine_and_as_an_engine_counts_them(stack
         assert not stack.replicas()
         for count, (_, path, body, more) in zip(counts, asked, strict=True):
             usage = post(path, {"model": "json-bot"} | body | more)["usage"]
-            # Anthropic's protocol reports what was read from the cache apart.
+            # Anthropic's protocol reports tokens from the cache separately.
             prompt = usage.get("prompt_tokens", usage.get("input_tokens")) + usage.get("cache_read_input_tokens", 0)
             assert count.get("count", count.get("input_tokens")) == prompt, path
         embedded = post("/v1/embeddings", {"model": EMBEDDING_MODEL, "input": "Once upon a time"})["usage"]
@@ -46,7 +46,7 @@ def test_tokens_are_counted_without_an_engine_and_as_an_engine_counts_them(stack
 
 
 class Place(BaseModel):
-    """What a structured answer has."""
+    """The fields of a structured output."""
 
     city: str
     country: str

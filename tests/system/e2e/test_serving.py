@@ -1,4 +1,4 @@
-"""From zero to an answer and back to zero, with OpenAI's own client."""
+"""From zero to a response and back to zero, with OpenAI's own client."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ QUESTIONS = [
 
 
 def ask(question: str) -> list[dict[str, str]]:
-    """A conversation of one question."""
+    """Return a conversation of one question."""
     return [{"role": "user", "content": question}]
 
 
@@ -41,7 +41,7 @@ def test_from_zero_to_an_answer_and_back_to_zero(stack: Stack) -> None:
         re.fullmatch(r": queued position=1 estimated_wait_s=\d+( late_s=\d+)?( start=\w+)? cold_start=yes", line) for _, line in comments
     )
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(comments)]
-    assert all(gap < 20 for gap in gaps), "about every ten seconds"
+    assert all(gap < 20 for gap in gaps), "comments come about every ten seconds"
     events = [json.loads(line.removeprefix("data: ")) for _, line in lines if line.startswith("data: {")]
     assert "Paris" in "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
     assert {event["model"] for event in events} == {MODEL}
@@ -115,7 +115,7 @@ def test_everything_that_clients_use(stack: Stack) -> None:
             max_tokens=30,
         )
         assert json.loads(shaped.choices[0].message.content)["city"] in ("Paris", "Rome")
-        # Without `strict` too, the arguments follow the tool's schema.
+        # The arguments follow the tool's schema even without `strict`.
         tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
         for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
             messages: list[Any] = list(ask("The weather in Rome?"))
@@ -131,7 +131,7 @@ def test_everything_that_clients_use(stack: Stack) -> None:
         assert parts[-1].usage.completion_tokens == 6
         assert all(part.usage is None for part in parts[:-1])
         assert {choice.index for part in parts for choice in part.choices} == {0, 1}
-        # What lm-eval's log-likelihood tasks ask for: the log probabilities of the prompt.
+        # The form that lm-eval's log-likelihood tasks use: the log probabilities of the prompt.
         scored = client.completions.create(
             model=MODEL, prompt=[[100, 200, 300], [100, 200]], max_tokens=1, logprobs=1, echo=True, seed=1234, temperature=0
         )

@@ -23,7 +23,7 @@ def fake_stack(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
 
 
 def answer(stack: Stack) -> str:
-    """What the stack's base model says."""
+    """Return a completion of the stack's base model."""
     with stack.openai("acme") as client:
         done = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
         return str(done.choices[0].message.content)
@@ -35,7 +35,7 @@ def test_two_stacks_side_by_side_know_nothing_of_each_other(fake_stack: Stack, t
         assert second.key("acme") != fake_stack.key("acme")
         with second.http(fake_stack.key("acme")) as client:
             assert client.get("/v1/models").status_code == 401
-        # A second one in the same home, or on the same port, says so and does not start.
+        # A second start in the same home, or on the same port, reports this and fails.
         for settings, complaint in (
             ({"LMAAS_PORT": "1"}, "Another `lmaas up` runs"),
             ({"LMAAS_HOME": str(tmp_path / "third")}, "cannot be used"),
@@ -79,7 +79,7 @@ def test_the_gateway_may_be_killed_mid_stream(fake_stack: Stack) -> None:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     seen += 1
-                    if seen == 400:  # two seconds' worth: past a checkpoint
+                    if seen == 400:  # tokens of two seconds: past a checkpoint
                         gateway.kill()
         except httpx.TransportError:
             cut = True
@@ -94,7 +94,7 @@ def test_the_gateway_may_be_killed_mid_stream(fake_stack: Stack) -> None:
         try:
             return charged() is not None
         except (httpx.TransportError, KeyError):
-            return False  # the gateway is being started again
+            return False  # the gateway restarts
 
     wait_for(there_again, 60, "the request is in the ledger")
     event = charged()

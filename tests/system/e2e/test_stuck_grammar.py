@@ -13,8 +13,8 @@ from openai import APIStatusError
 from tests.system.e2e.conftest import MODEL, ROOT, Stack, started, wait_for
 
 WORD = "never_compiled"
-#: A plugin of vLLM, which exists only in this test: in the engine core, a grammar with the word above is computed on without an end. The
-#: computation leaves Python's lock alone, as xgrammar does.
+#: A plugin of vLLM, which exists only in this test: in the engine core, a grammar with the word above is computed without an end. The
+#: computation releases Python's lock, as xgrammar does.
 PLUGIN = f"""
 import hashlib, multiprocessing
 
@@ -32,7 +32,7 @@ def register():
 
 @pytest.fixture
 def fragile(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
-    """A stack whose engines can be made to stand still."""
+    """A stack whose engines can be made to hang."""
     assert model_folder.exists()
     plugin = tmp_path / "plugin"
     metadata = plugin / "hang-1.0.dist-info"
@@ -46,13 +46,13 @@ def fragile(tmp_path: Path, model_folder: Path) -> Iterator[Stack]:
 
 
 def grammar(name: str) -> dict[str, Any]:
-    """A request's grammar: an object with one property."""
+    """Return a request's grammar: an object with one property."""
     schema = {"type": "object", "properties": {name: {"type": "boolean"}}, "required": [name], "additionalProperties": False}
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}}
 
 
 def fits(answer: str, name: str) -> bool:
-    """Whether an answer is what that grammar allows."""
+    """Return whether an output fits that grammar."""
     found = json.loads(answer)
     return list(found) == [name] and isinstance(found[name], bool)
 

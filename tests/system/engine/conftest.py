@@ -60,7 +60,7 @@ class Events:
 
     @property
     def of_choices(self) -> list[dict[str, Any]]:
-        """The events without the last one, which has only the usage."""
+        """Return the events without the last one, which has only the usage."""
         return [event for event in self.parsed if event["choices"]]
 
     def text(self, index: int = 0) -> str:
@@ -69,7 +69,7 @@ class Events:
         return "".join(part["text"] if "text" in part else part["delta"].get("content", "") for part in parts)
 
     def finish_reasons(self) -> dict[int, str]:
-        """The finish reason of each choice."""
+        """Return the finish reason of each choice."""
         choices = [choice for event in self.of_choices for choice in event["choices"]]
         return {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"]}
 
@@ -108,7 +108,7 @@ class Engine:
         )
 
     async def idle(self) -> Counters:
-        """Wait until nothing runs."""
+        """Wait until no sequence runs."""
 
         async def settled() -> bool:
             counters = await self.counters()

@@ -1,4 +1,4 @@
-"""Starting an engine for a test and waiting until it answers."""
+"""Starting an engine for a test and waiting until it serves."""
 
 import socket
 from collections.abc import AsyncIterator
@@ -16,7 +16,8 @@ from tests.support.conditions import until
 async def running(
     spec: EngineSpec, log: Path, home: Path | None = None
 ) -> AsyncIterator[tuple[EngineProcess, httpx.AsyncClient, EngineClient]]:
-    """A server that answers, plain HTTP to it, and our client. With a home folder, that folder's zygote forks it."""
+    """Start a server and wait until it serves; provide it with a plain HTTP client and lmaas's client. With a home folder, that folder's
+    zygote forks it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

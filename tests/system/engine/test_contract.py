@@ -1,4 +1,4 @@
-"""What lmaas relies on in an engine's HTTP: the same assertions against vLLM and against the fake that stands in for it."""
+"""The parts of an engine's HTTP on which lmaas relies: the same assertions against vLLM and against the fake that stands in for it."""
 
 import asyncio
 import json
@@ -101,7 +101,7 @@ async def test_a_request_continues_the_trace_that_it_is_sent_with(engine: Engine
     assert (span.name, span.parent_id, span.service, span.kind) == ("llm_request", "b7ad6b7169203331", "lmaas-engine", 2)
     assert "traced" in span.attributes["gen_ai.request.id"]
     assert 0 < span.end_ns - span.start_ns < 60e9
-    # An engine begins no traces: neither for the request without one, nor for what it does by itself, such as its start.
+    # An engine begins no traces: neither for the request without one, nor for its own work, such as its start.
     assert {span.trace_id for span in collected.spans[before:]} == {sampled, last}
     assert {span.name for span in collected.spans} == {"llm_request"}
     assert words.encode() not in collected.raw
@@ -352,7 +352,7 @@ async def test_what_waits_in_the_engine_can_be_aborted(engine: Engine) -> None:
     assert events.parsed[-1]["usage"]["completion_tokens"] == 0
     await engine.post("/inference/v1/abort_requests", {"request_ids": [f"cmpl-run{number}-0" for number in range(8)]})
     usages = [total(response.json()["usage"]) for response in await asyncio.gather(*running)]
-    # It never ran, so the engine has not counted its prompt, although its usage names it.
+    # It never ran, so the engine has not counted its prompt, although its usage includes it.
     assert (await engine.idle()).since(before) == (sum(usage[0] for usage in usages), sum(usage[1] for usage in usages))
 
 
@@ -432,7 +432,7 @@ async def test_what_does_not_fit_the_context(engine: Engine) -> None:
     tokens = (TOKENS * 10)[: MAX_LEN + 52]
     assert f"your prompt contains {MAX_LEN + 52} input tokens" in await refused(COMPLETION, ask(COMPLETION) | {"prompt": tokens})
     assert "max_tokens must be at least 1, got 0" in await refused(COMPLETION, ask(COMPLETION) | {"prompt": tokens[:MAX_LEN]})
-    # A prompt that fits with fewer tokens than asked for is no error: the answer is shorter.
+    # A prompt that fits with fewer tokens than requested is not an error: the completion is shorter.
     short = await engine.post(COMPLETION, ask(COMPLETION, tokens=100) | {"prompt": tokens[: MAX_LEN - 2]})
     assert total(short.json()["usage"]) == (MAX_LEN - 2, 2)
     assert short.json()["choices"][0]["finish_reason"] == "length"
@@ -458,7 +458,7 @@ async def test_cached_tokens_are_told_and_salts_keep_tenants_apart(engine: Engin
     assert await cached("tenant-2") == 0
     events = await engine.stream(COMPLETION, ask(COMPLETION, cache_salt="tenant-2") | {"prompt": TOKENS} | STREAM)
     assert events.parsed[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 256
-    # The running usage does not tell; a stream that is cut is charged without its discount.
+    # The running usage has no cached tokens, so a stream that is cut is charged without its discount.
     assert all("prompt_tokens_details" not in event["usage"] for event in events.of_choices)
 
 
@@ -486,7 +486,7 @@ async def test_background_requests_give_way_and_lose_nothing(engine: Engine) -> 
         for number, events in enumerate(background):
             group.create_task(engine.stream(COMPLETION, asked(number) | first | {"priority": 1}, f"background-{number}", events))
         await until(lambda: sum(bool(events.of_choices) for events in background) >= 7)
-        # All slots are taken, and yet interactive requests are served at once.
+        # All slots are taken, but interactive requests are served at once.
         urgent = await asyncio.gather(*(engine.stream(COMPLETION, ask(COMPLETION, tokens=3) | STREAM, f"urgent-{n}") for n in range(2)))
         assert not any(events.raw[-1:] == [b"data: [DONE]"] for events in background)
     assert [events.text() for events in background] == [events.text() for events in alone]
@@ -497,13 +497,13 @@ async def test_background_requests_give_way_and_lose_nothing(engine: Engine) -> 
 
 
 async def test_a_dying_engine_never_seems_to_succeed_and_leaves_nothing_behind(engine: Engine) -> None:
-    """Last in this file: afterwards the engine is gone."""
+    """This test is the last in its file, because it ends the engine."""
     family = [psutil.Process(engine.process.pid), *psutil.Process(engine.process.pid).children(recursive=True)]
     events = Events()
     stream = asyncio.create_task(engine.stream(CHAT, ask(CHAT, tokens=1800) | STREAM, into=events))
     plain = asyncio.create_task(engine.post(COMPLETION, ask(COMPLETION, tokens=1800)))
     await engine.runs(2)
-    # vLLM then either says that its engine has a problem, and `[DONE]` after that, or falls silent until it is killed.
+    # vLLM then either reports an error of its engine, and `[DONE]` after that, or sends nothing until it is killed.
     await engine.process.stop(grace_s=5)
     ends = await asyncio.wait_for(asyncio.gather(stream, plain, return_exceptions=True), 30)
     if b"data: [DONE]" in events.raw:

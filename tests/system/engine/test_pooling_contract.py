@@ -1,4 +1,4 @@
-"""What lmaas relies on in the HTTP of an engine that embeds: the same assertions against vLLM and against its fake."""
+"""The parts of an embedding engine's HTTP on which lmaas relies: the same assertions against vLLM and against its fake."""
 
 import asyncio
 import base64
@@ -94,7 +94,7 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def total(usage: dict[str, Any]) -> int:
-    """Return the tokens of a usage, in which nothing was generated."""
+    """Return the tokens of a usage without generated tokens."""
     assert usage["total_tokens"] == usage["prompt_tokens"]
     assert not usage.get("completion_tokens")
     return int(usage["prompt_tokens"])
@@ -123,7 +123,7 @@ async def test_embeddings_have_the_shape_that_is_joined(engine: Engine) -> None:
     assert all(abs(math.fsum(number * number for number in each) - 1) < 1e-5 for each in vectors(answer))
     assert list(answer["usage"])[:3] == ["prompt_tokens", "total_tokens", "completion_tokens"]
     assert total(answer["usage"]) == 8, "two special tokens for each"
-    # Nothing was generated, and the counter of the prompts has what the usage says.
+    # No token was generated, and the counter of prompt tokens agrees with the usage.
     assert (await engine.idle()).since(before) == (8, 0)
 
 
@@ -271,7 +271,7 @@ async def test_a_client_that_hangs_up_stops_the_work(engine: Engine, path: str) 
 
 
 async def through_our_protocol(engine: Engine, protocol: AnyProtocol, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Send a request to the engine as a gateway does. Returns the client's answer, and the number of parts."""
+    """Send a request to the engine as a gateway does. Returns the client's response, and the number of parts."""
     base = BaseModel("", BASE, "", "float32", {}, 8, 8, 8, 16, MAX_LEN, 0, "", PoolKind.EMBED)
     inference: Inference[Any] = Inference("req_1", protocol, protocol.read({"model": "asked"} | body))
     inference.request.check(base)
@@ -341,7 +341,7 @@ async def test_a_checker_counts_the_same_tokens(engine: Engine, tmp_path: Path) 
 
 
 async def test_a_dying_engine_never_seems_to_succeed(engine: Engine) -> None:
-    """Last in this file: afterwards the engine is gone."""
+    """This test is the last in its file, because it ends the engine."""
     before = await engine.idle()
     task = asyncio.create_task(engine.post(EMBEDDINGS, {"model": BASE, "input": ["word " * 200] * 400}))
     await counted(engine, before.prompt + 1)

@@ -1,4 +1,4 @@
-"""What the gateway forwards is what vLLM's own request models take, without an engine."""
+"""vLLM's own request models accept the bodies that the gateway forwards, without an engine."""
 
 import json
 import subprocess
@@ -114,7 +114,7 @@ def bodies(table: Table) -> list[Any]:
 
 
 def messages() -> list[Any]:
-    """The chats that the requests of other protocols become."""
+    """The chats that correspond to requests of other protocols."""
     plain: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
     call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "5"}
@@ -143,7 +143,7 @@ def messages() -> list[Any]:
 
 
 def responses() -> list[Any]:
-    """The chats that the requests of the Responses API become."""
+    """The chats that correspond to requests of the Responses API."""
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
     custom = {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x"}
     results = [{"type": kind, "call_id": "c", "output": "5"} for kind in ("function_call_output", "custom_tool_call_output")]
@@ -218,7 +218,7 @@ for kind, bodies in zip(kinds, json.load(sys.stdin), strict=True):
         except Exception as error:
             print("REFUSED", json.dumps(body), repr(error))
 """
-    # One that vLLM does not take shows that the others could have failed.
+    # A body that vLLM refuses shows that the others could have failed.
     sent = json.dumps(
         [[*bodies(CHAT), *messages(), *responses(), {"messages": [], "n": "many"}], bodies(COMPLETION), pooled(EMBEDDINGS), pooled(RERANK)]
     )

@@ -1,4 +1,4 @@
-"""What tenants send is nowhere in the engine's log, and the log stays small."""
+"""The engine's log contains no text of tenants, and stays small."""
 
 import json
 import os
@@ -85,19 +85,19 @@ CHATS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Sealed:
-    """An engine that serves tenants."""
+    """An engine that serves tenants, in a folder of its own."""
 
     process: EngineProcess
     http: httpx.AsyncClient
     folder: Path
 
     def size(self) -> int:
-        """Of its log."""
+        """Return the size of its log."""
         self.process.last_words()  # everything it has written is in the log then
         return sum(path.stat().st_size for path in self.folder.glob("engine.log*"))
 
     def files_with(self, text: str) -> list[str]:
-        """The files beside the log, and the log, that hold a text."""
+        """Return those of the log and the files beside it that contain a text."""
         self.process.last_words()
         return [path.name for path in self.folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 

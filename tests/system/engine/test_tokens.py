@@ -1,4 +1,4 @@
-"""The tokens that a checker counts without an engine are those that an engine counts: the same assertions for vLLM and for its fake."""
+"""The token counts of a checker without an engine equal those of an engine: the same assertions for vLLM and for its fake."""
 
 from collections.abc import AsyncIterator
 from typing import Any

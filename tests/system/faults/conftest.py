@@ -16,38 +16,38 @@ from tests.integration.gateway.stack import Stream
 from tests.support.conditions import until
 from tests.system.chaos.service import MODEL, Client, Service, running
 
-#: How soon the service recovers from a loss of Redis or Postgres.
+#: The time in which the service recovers from a loss of Redis or Postgres.
 RECOVERY_S = 5.0
 
 
 @dataclass
 class Caller:
-    """A tenant of a service, and what it asks."""
+    """A tenant of a service, and its requests."""
 
     service: Service
     client: Client
 
     def http(self, gateway: str, key: str | None = None) -> httpx.AsyncClient:
-        """An HTTP client of one gateway."""
+        """Return an HTTP client of one gateway."""
         headers = {"authorization": f"Bearer {self.client.key if key is None else key}"}
         return httpx.AsyncClient(base_url=self.service.url(gateway), headers=headers, timeout=60)
 
     async def ask(
         self, gateway: str = "gateway-0", *, tokens: int = 3, model: str = MODEL, key: str | None = None, **more: Any
     ) -> httpx.Response:
-        """A plain completion."""
+        """Send a plain completion."""
         async with self.http(gateway, key) as http:
             body = {"model": model, "prompt": "One two", "max_tokens": tokens, "ignore_eos": True} | more
             return await http.post("/v1/completions", json=body)
 
     async def works(self, gateway: str = "gateway-0", model: str = MODEL) -> bool:
-        """Whether a request is answered now."""
+        """Return whether a request succeeds now."""
         with contextlib.suppress(httpx.TransportError):
             return (await self.ask(gateway, model=model)).status_code == 200
         return False
 
     async def stranger(self, gateway: str) -> tuple[int, str]:
-        """What a key that does not exist is told."""
+        """Return the status and the error code for a key that does not exist."""
         response = await self.ask(gateway, key=new_key())
         return response.status_code, response.json()["error"]["code"]
 
@@ -66,7 +66,7 @@ class Caller:
                     got.raw.append(line.removeprefix("data: "))
 
     async def ledger(self, *ids: str) -> dict[str, UsageEvent]:
-        """These requests' lines of the ledger, once all are there."""
+        """Return the ledger's lines of these requests, once all of them exist."""
         found: dict[str, UsageEvent] = {}
 
         async def there() -> bool:
@@ -96,9 +96,9 @@ async def caller() -> AsyncIterator[Caller]:
             for model in client.models:
                 await until(lambda gateway=gateway, model=model: caller.works(gateway, model))
         yield caller
-        assert service.ended() == {}, "nothing that was broken has brought down anything else"
+        assert service.ended() == {}, "a fault ended a process that it did not concern"
 
 
 def completed(got: Stream, tokens: int) -> bool:
-    """Whether a stream succeeded with so many tokens."""
+    """Return whether a stream succeeded with this many tokens."""
     return got.done and got.error is None and got.tokens == tokens

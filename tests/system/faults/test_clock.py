@@ -1,4 +1,4 @@
-"""The machine's clock jumps by an hour, under Valkey, Postgres and all of ours: leases live by durations, not by the time of day."""
+"""The machine's clock jumps by an hour, for Valkey, Postgres and all processes of lmaas: leases use durations, not the time of day."""
 
 import asyncio
 import shutil
@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_name("clock.c")
 
 @pytest.fixture(scope="module")
 async def clocked(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Caller, Callable[[int], None]]]:
-    """A service, and what sets its clock: to the real one and so many seconds."""
+    """A service, and a function that sets its clock to real time plus this many seconds."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("a clock that can be set needs a C compiler")

@@ -1,4 +1,4 @@
-"""Our own processes are told to stop, or killed at any point of a pool's way from no engine to one and back."""
+"""Processes of lmaas are stopped, or killed at any point while a pool goes from no engine to one and back."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ IDLE_S = 1.0
 
 @pytest.fixture(scope="module")
 async def caller() -> AsyncIterator[Caller]:
-    """A tenant of a service that is soon idle, and whose engines take a moment to start."""
+    """A tenant of a service that is soon idle, and whose engines start slowly."""
     async with running(fake="--fake-start-ms 400", drain_timeout_s=DRAIN_S, idle_timeout_s=IDLE_S, engine_max_replicas=1) as service:
         (client,) = await service.clients("acme", 1, adapters=1, max_queued=256)
         caller = Caller(service, client)
@@ -48,7 +48,7 @@ async def test_a_gateway_that_is_told_to_stop_cuts_nobody_without_a_word(caller:
 
     await until(refuses)
     assert not long.done
-    assert await caller.works("gateway-1"), "the other one goes on"
+    assert await caller.works("gateway-1"), "the other one continues"
     code = await asyncio.to_thread(process.wait, 60)
     caller.service.start("gateway-0")
     await asyncio.gather(*tasks)
@@ -98,7 +98,7 @@ async def _stopping(service: Service) -> bool:
 
 
 def _engines(service: Service) -> list[int]:
-    """Every engine and supervisor, also one that nobody looks after."""
+    """Return every engine and supervisor, including those without a parent that watches them."""
     return [one.pid for one in service.processes() if {"supervise", "lmaas.testing.fake_engine"} & set(command_of(one))]
 
 
@@ -148,7 +148,7 @@ async def test_killed_on_the_way_from_zero_to_one_and_back(
 
 
 async def _lead(service: Service, name: str) -> None:
-    """Have this controller be the active one, and the other stand by."""
+    """Make this controller the active one, and the other one stand by."""
     _kill_controllers(service)
     log = service.settings.home / f"{name}.log"
     before = log.read_text().count("controller active")
@@ -169,7 +169,7 @@ async def test_a_controller_that_stands_still_is_replaced_and_does_nothing_when_
     process.send_signal(signal.SIGSTOP)
     try:
         before = {row.id for row in await list_replicas(service.db, ended=True)}
-        # Nobody is told that the first one stands still: the second finds it silent, and starts what is asked for.
+        # The other controller gets no message that the first one hangs: it finds it silent, and starts the requested engine.
         response = await caller.ask(tokens=20)
         assert response.status_code == 200, response.text
         request = asyncio.create_task(caller.ask(tokens=300))
@@ -181,4 +181,4 @@ async def test_a_controller_that_stands_still_is_replaced_and_does_nothing_when_
     assert len(_engines(service)) <= 2, "one engine and its supervisor at most"
     await until(lambda: _at_zero(service))
     started = [row for row in await list_replicas(service.db, ended=True) if row.id not in before]
-    assert {row.observed for row in started} == {Observed.STOPPED}, "none was lost, killed or started twice"
+    assert {row.observed for row in started} == {Observed.STOPPED}, "no replica was lost, killed or started twice"

@@ -1,4 +1,4 @@
-"""Redis and Postgres gone and back: everything recovers by itself within five seconds, and what runs goes on meanwhile."""
+"""Outages of Redis and Postgres: the service recovers by itself within five seconds, and running requests continue meanwhile."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ LONGER_THAN_A_LEASE_S = 8.0
 
 @asynccontextmanager
 async def queue_away(service: Service, how: str) -> AsyncIterator[None]:
-    """Valkey is away in the block."""
+    """Take Valkey away during the block."""
     match how:
         case "stalled" | "stalled for longer than a lease":
             with service.stalled_valkey():
@@ -75,7 +75,7 @@ async def test_while_redis_is_away_requests_are_refused_in_time(caller: Caller) 
 async def test_while_redis_stalls_requests_are_refused_in_time(caller: Caller) -> None:
     with caller.service.stalled_valkey():
         async with within(8):
-            # Some come while the first one is waited for.
+            # Some requests arrive while the test waits for the first one.
             responses = await asyncio.gather(*(caller.ask() for _ in range(5)))
     assert {(response.status_code, response.json()["error"]["code"]) for response in responses} == {(503, "queue_unavailable")}
     assert all(0 < int(response.headers["retry-after"]) <= 120 for response in responses)
@@ -86,7 +86,7 @@ async def test_while_redis_stalls_requests_are_refused_in_time(caller: Caller) -
 
 
 async def _serves_those_it_knows(caller: Caller) -> None:
-    """What holds while Postgres cannot be asked."""
+    """Check that gateways serve the tenants that they know, and report an outage to others, while Postgres is away."""
     for gateway in caller.service.gateways:
         for model in caller.client.models:
             response = await caller.ask(gateway, model=model)
@@ -116,7 +116,7 @@ async def test_postgres_gone_and_back(caller: Caller) -> None:
         await caller.service.start_postgres()
     await _recovers(caller)
     assert completed(got, 200)
-    # It ended while the ledger was away.
+    # The request ended while the ledger was away.
     (event,) = (await caller.ledger(got.headers["x-request-id"])).values()
     assert (event.status, event.completion_tokens) == ("completed", 200)
 
@@ -129,7 +129,7 @@ async def test_every_connection_of_postgres_is_taken(caller: Caller) -> None:
         taken.append(first)
 
         async def full() -> bool:
-            # Those that others hold are cut, and taken before they come back.
+            # Connections of others are cut, and taken before they are made again.
             await first.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid() AND application_name != 'taken'"
             )
@@ -151,7 +151,7 @@ async def test_every_connection_of_postgres_is_taken(caller: Caller) -> None:
 
 
 async def test_every_connection_of_the_gateways_waits(caller: Caller) -> None:
-    """A lock that nobody gives back: every question hangs, until the pools of the gateways have no connection left."""
+    """A lock that is never released: every query hangs, until the pools of the gateways have no connection left."""
     async with caller.service.db.begin(SYSTEM) as connection:
         await connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
         strangers = [asyncio.create_task(caller.stranger(gateway)) for gateway in caller.service.gateways for _ in range(15)]

@@ -1,4 +1,5 @@
-"""Locust as `make loadtest` runs it, against a stack with the fake engine. A process of its own: Locust patches what it runs in."""
+"""Locust as `make loadtest` runs it, against a stack with the fake engine. It runs in a process of its own, because Locust patches its
+interpreter."""
 
 import json
 import subprocess
@@ -15,13 +16,13 @@ from tests.support.processes import free_port
 from tests.system.e2e.conftest import ROOT, Stack, start, stop, wait_for
 
 TOKEN_MS = 20
-#: For a machine that is busy; a run ends by itself long before.
+#: For a busy machine; a run ends by itself long before.
 MARGIN_S = 200
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left: its exit code, what it said, and the HTML report: Locust's data by (name, type), and our section."""
+    """The results of a run: its exit code, its output, and the HTML report with Locust's data by (name, type) and lmaas's section."""
 
     code: int
     said: str
@@ -29,21 +30,21 @@ class Run:
     ours: str
 
     def count(self, name: str, kind: str) -> int:
-        """How many requests, or figures, a row is of."""
+        """Return the number of requests, or figures, of a row."""
         return int(self.rows[name, kind]["num_requests"])
 
     def median(self, name: str, kind: str) -> float:
-        """A row's median: ms, or tokens per second."""
+        """Return a row's median: ms, or tokens per second."""
         return float(self.rows[name, kind]["median_response_time"])
 
     def total(self) -> dict[str, Any]:
-        """Locust's row for all requests."""
+        """Return Locust's row for all requests."""
         return self.rows["Aggregated", ""]
 
 
 @pytest.fixture(scope="module")
 def fake_stack(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stack]:
-    """A stack whose engine makes a token for each of its requests every 20 ms."""
+    """A stack whose engine generates a token for each of its requests every 20 ms."""
     assert model_folder.exists()
     folder = tmp_path_factory.mktemp("loadtest")
     settings = {"LMAAS_ENGINE_MODULE": "lmaas.testing.fake_engine", "LMAAS_ENGINE_ARGS": f"--fake-token-ms {TOKEN_MS}"}
@@ -62,16 +63,16 @@ def loadtest(environment: dict[str, str], folder: Path, scenario: str, seconds: 
     if not report.exists():
         return Run(done.returncode, said, {}, "")
     head, _, rest = report.read_text().partition('<section id="lmaas">')
-    assert "window.templateArgs" not in head.partition("<body")[2], "our section is the first of the page"
+    assert "window.templateArgs" not in head.partition("<body")[2], "lmaas's section is the first of the page"
     ours, _, page = rest.partition("</section>")
-    # Locust's page draws its tables from this.
+    # Locust's page draws its tables from this data.
     data, _ = json.JSONDecoder().raw_decode(page.partition("window.templateArgs = ")[2])
     rows = {(row["name"], row["method"] or ""): row for row in data["requests_statistics"]}
     return Run(done.returncode, said, rows, ours)
 
 
 def tenants(stack: Stack) -> set[str]:
-    """The tenants that there are."""
+    """The tenants that exist."""
     return {row["name"] for row in stack.cli("tenant", "list")}
 
 
@@ -87,15 +88,15 @@ def test_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
         assert requests > 10
         assert run.count(name, "TTFT") == run.count(name, "tok/s") == requests
         assert run.count(name, "ITL") > 10 * requests
-        # The fake engine's own pace, as far as a busy machine lets it be seen: early by no means, late perhaps.
+        # The fake engine's own pace, as far as a busy machine shows it: never early, perhaps late.
         assert TOKEN_MS - 2 <= run.median(name, "ITL") < 5 * TOKEN_MS
         assert 1000 / (5 * TOKEN_MS) < run.median(name, "tok/s") <= 1000 / TOKEN_MS + 2
         assert run.median(name, "TTFT") < run.median(name, "E2E")
-        # 8 tokens are the least that is asked for.
+        # Every request wants at least 8 tokens.
         assert run.rows[name, "E2E"]["min_response_time"] > 5 * TOKEN_MS
-    assert run.total()["num_requests"] == answered, "figures are no requests"
+    assert run.total()["num_requests"] == answered, "figures are not requests"
 
-    # Our own table.
+    # lmaas's own table.
     assert f"<td>steady adapter</td><td>{run.count('steady adapter', 'E2E')}</td><td>0</td>" in run.ours
     assert "TTFT p50" in run.ours
     assert "No request failed" in run.ours
@@ -103,7 +104,7 @@ def test_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
     assert "<td>-</td>" not in run.ours
     assert "tok/s all" in run.said
 
-    # Every answer is in the ledger, with the tokens that its client saw.
+    # Every response is in the ledger, with the tokens that its client received.
     speeds = [run.rows[name, "tok/s"] for name in ("steady adapter", "steady base")]
     tokens = round(sum(row["avg_content_length"] * row["num_requests"] for row in speeds))
 
@@ -112,11 +113,11 @@ def test_a_steady_mix(fake_stack: Stack, tmp_path: Path) -> None:
             usage = client.get("/admin/v1/usage?limit=1000").json()["data"]
         return [row for row in usage if (row["tenant"] or "").startswith("load-")]
 
-    # And one to see that an engine runs.
+    # One more request checks that an engine runs.
     wait_for(lambda: sum(row["requests"] for row in used()) == answered + 1, 60, "every answer is in the ledger, once")
     assert {row["adapter"] for row in used()} > {"adapter-0", "adapter-1"}
-    assert 0 < sum(row["completion_tokens"] for row in used()) - tokens <= 96, "those of that one"
-    # Nothing of it stays.
+    assert 0 < sum(row["completion_tokens"] for row in used()) - tokens <= 96, "the tokens of that request"
+    # No tenant of the run is left.
     assert tenants(fake_stack) == before
 
 
@@ -125,7 +126,7 @@ def test_a_burst_finds_no_engine_and_waits_for_one(fake_stack: Stack, tmp_path: 
     assert run.code == 0, run.said
     assert run.count("burst cold", "E2E") >= 10
     assert run.count("burst cold", "E2E") % 10 == 0, "all users, in every burst"
-    # An engine starts in none of these: each of them was there before it.
+    # No engine starts in these bursts: each was there before.
     with fake_stack.operator() as client:
         ended = client.get("/admin/v1/replicas?ended=true").json()["data"]
     assert len(ended) >= run.count("burst cold", "E2E") / 10
@@ -152,7 +153,7 @@ def test_a_soak_leaves_nothing_behind(fake_stack: Stack, tmp_path: Path) -> None
 
 
 def test_failures_are_told(fake_stack: Stack, tmp_path: Path) -> None:
-    """With the tenants of the credentials file, of which one has no valid key."""
+    """The report names failures, here with a credentials file in which one tenant has no valid key."""
     credentials = fake_stack.credentials | {"tenants": json.loads(json.dumps(fake_stack.credentials["tenants"]))}
     credentials["tenants"]["acme"]["api_key"] = "wrong"
     (tmp_path / "credentials.json").write_text(json.dumps(credentials))

@@ -1,1 +1,1 @@
-"""Prometheus from Debian: alert rules, and the queries of dashboards on what a service really shows."""
+"""Prometheus from Debian: alert rules, and the queries of dashboards on the metrics of a service."""

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a gateway, a controller and a job runner, and answers every query of the dashboards and the alerts."""
+"""A real Prometheus scrapes a gateway, a controller and a job runner, and has data for every query of the dashboards and the alerts."""
 
 import asyncio
 import json
@@ -113,7 +113,7 @@ async def prometheus(tmp_path: Path, ports: dict[str, int]) -> AsyncIterator[htt
 
 
 async def ask(client: httpx.AsyncClient, path: str, **parameters: str) -> Any:
-    """Return the data of an answer of Prometheus, or None while it does not listen."""
+    """Return the data of a response of Prometheus, or None while it does not listen."""
     try:
         answer = (await client.get(path, params=parameters)).json()
     except httpx.TransportError:

@@ -25,17 +25,17 @@ from tests.support.conditions import until
 from tests.support.processes import free_port
 from tests.system.chaos.service import Service
 
-#: What Ray and its child processes are to be told by the environment.
+#: Environment variables of Ray and its child processes.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Memory is the machine's own concern here: others use it as well.
+    # Ray does not limit memory here: other processes of the machine use it as well.
     "RAY_memory_monitor_refresh_ms": "0",
-    # Of its progress bars and tips.
+    # Turns off progress bars and tips.
     "RAY_LOG_TO_DRIVER": "0",
-    # A token that this user has for other clusters is none for these.
+    # Ray ignores a token that this user has for other clusters.
     "RAY_AUTH_MODE": "disabled",
 }
-#: The smallest object store that Ray takes; we put nothing there.
+#: The smallest object store that Ray accepts; lmaas stores nothing there.
 STORE_BYTES = 80 * 2**20
 #: A node is dead after 1.5 s instead of 15.
 ATTENTIVE = {
@@ -59,7 +59,7 @@ class Fleet:
 
     @contextmanager
     def nodes_with(self, cpus: float, resource: str, count: int) -> Iterator[None]:
-        """So many more nodes, each with one of `resource`; those that are left are gone at the end of the block."""
+        """Add this many nodes, each with one of `resource`; those that are left end with the block."""
         added = [self._add(cpus, {resource: 1}) for _ in range(count)]
         try:
             yield
@@ -75,19 +75,19 @@ class Fleet:
         return node
 
     def processes(self, node: Node) -> list[psutil.Process]:
-        """The node's raylet, and all that it has started."""
+        """Return the node's raylet, and all processes that it has started."""
         (raylet,) = node.all_processes["raylet"]
         top = psutil.Process(raylet.process.pid)
         return [top, *top.children(recursive=True)]
 
     def node_of(self, process: psutil.Process) -> Node:
-        """The node that a process runs on."""
+        """Return the node that a process runs on."""
         (node,) = [node for node in self.nodes if process in self.processes(node)]
         return node
 
     def kill(self, node: Node) -> None:
-        """What a power cut does: nothing on it says a word."""
-        # Stopped first, so that none of them sees another die.
+        """Kill a node without any message from it, as a power cut does."""
+        # All are stopped first, so that none of them sees another die.
         doomed = self.processes(node)
         for step in (signal.SIGSTOP, signal.SIGKILL):
             for process in doomed:
@@ -99,7 +99,7 @@ class Fleet:
 
     def close(self) -> None:
         """End every node, the head last."""
-        # A driver's connection, if a test has left one, holds the head.
+        # A test may have left a driver's connection, which holds the head.
         with untidy():
             ray.shutdown()
             self._cluster.shutdown()
@@ -107,7 +107,7 @@ class Fleet:
 
 @contextmanager
 def untidy() -> Iterator[None]:
-    """Ray leaves the logs of what it starts open."""
+    """Ignore the logs that Ray leaves open for the processes that it starts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
@@ -115,7 +115,7 @@ def untidy() -> Iterator[None]:
 
 @contextmanager
 def temporary_ray() -> Iterator[Path]:
-    """A folder of their own for Ray's processes that are started in the block; they are gone at its end."""
+    """Provide a folder of their own for Ray's processes that are started in the block; they are gone at its end."""
     # Short: a Unix socket's path may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     ours = {"RAY_TMPDIR": str(folder), **QUIET}
@@ -133,7 +133,7 @@ def temporary_ray() -> Iterator[Path]:
 
 
 def _kill_all(folder: Path) -> None:
-    """Every process that has the folder in its environment, until there is none: some start others again."""
+    """Kill every process that has the folder in its environment, until there is none: some start others again."""
     while True:
         found = []
         for process in psutil.process_iter():
@@ -148,9 +148,9 @@ def _kill_all(folder: Path) -> None:
 
 @contextmanager
 def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
-    """A head alone, with an autoscaler that adds up to `most` nodes of such resources; gives its address.
+    """Start a head alone, with an autoscaler that adds up to `most` nodes with such resources; provide its address.
 
-    `ray.cluster_utils.AutoscalingCluster` is this, but it ends every Ray on the machine, and needs a file that Ray's wheel lacks.
+    `ray.cluster_utils.AutoscalingCluster` does this too, but it ends every Ray on the machine, and needs a file that Ray's wheel lacks.
     """
     with temporary_ray() as folder:
         address = f"{ray.util.get_node_ip_address()}:{free_port()}"
@@ -169,7 +169,7 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": 0.05,
         }
-        # Nothing is installed on these nodes, but Ray wants to be told.
+        # These nodes need no installation, but Ray requires the fields.
         config |= {"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False}
         steps = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
         config |= {f"{step}_commands": [] for step in steps} | {"rsync_exclude": [], "rsync_filter": []}
@@ -190,7 +190,7 @@ def autoscaled(nodes: dict[str, float], most: int) -> Iterator[str]:
 
 @asynccontextmanager
 async def service_on(address: str, *, fake: str = "", **changes: Any) -> AsyncIterator[Service]:
-    """A service whose replicas run on the cluster at `address`. Their homes on the nodes are the service's own folder."""
+    """Run a service whose replicas run on the cluster at `address`. Their homes on the nodes are the service's own folder."""
     home = Path(tempfile.mkdtemp(prefix="lmaas-ray-"))
     on_ray: dict[str, Any] = {"provisioner": "ray", "ray_address": address, "ray_namespace": home.name, "ray_node_home": home}
     service = Service(home, fake, on_ray | changes)
@@ -205,14 +205,14 @@ async def service_on(address: str, *, fake: str = "", **changes: Any) -> AsyncIt
 
 
 def restart_ended(service: Service) -> None:
-    """What an init system does. On one machine Ray attaches a controller to any of the nodes, and if that is the one that died, the
-    controller has died with it."""
+    """Restart ended processes, as an init system does. On one machine Ray attaches a controller to any of the nodes, and if that node died,
+    the controller has died with it."""
     for name in service.ended():
         service.start(name)
 
 
 async def answers(url: str) -> bool:
-    """Whether a gateway is ready."""
+    """Return whether a gateway is ready."""
     with contextlib.suppress(httpx.TransportError):
         async with httpx.AsyncClient() as http:
             return (await http.get(f"{url}/readyz")).status_code == 200

@@ -10,7 +10,7 @@ from tests.system.ray.cluster import Fleet, temporary_ray
 
 @pytest.fixture(scope="session")
 def client_port() -> int:
-    """Where the cluster's head serves Ray clients."""
+    """The port on which the cluster's head serves Ray clients."""
     return free_port()
 
 

@@ -1,4 +1,4 @@
-"""Nodes from zero: Ray's autoscaler adds one for the demand of ours, and removes it when nothing runs there any more. Fake engines."""
+"""Nodes from zero: Ray's autoscaler adds one for the demand of lmaas, and removes it when nothing runs there any more. Fake engines."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from tests.system.ray.cluster import autoscaled, service_on
 
 
 def raylets(address: str) -> int:
-    """How many nodes the cluster has, its head included."""
+    """Return the number of the cluster's nodes, including its head."""
     found = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

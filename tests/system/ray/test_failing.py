@@ -1,4 +1,4 @@
-"""A node on which no replica can begin: operators see why. Fake engines."""
+"""A node on which no replica can begin: operators see the reason. Fake engines."""
 
 import asyncio
 from pathlib import Path

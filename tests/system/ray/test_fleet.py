@@ -28,14 +28,14 @@ async def caller(fleet: Fleet) -> AsyncIterator[Caller]:
 
 
 async def called(service: Service) -> Caller:
-    """A tenant of a service that keeps its replicas, whatever is asked of it."""
+    """A tenant of a service that keeps its replicas, whatever its requests."""
     await change_base_model(service.db, service.model.name, {"min_replicas": REPLICAS})
     (client,) = await service.clients("acme", 1, adapters=1, max_queued=1000)
     return Caller(service, client)
 
 
 class Load:
-    """Streams without end, `at_once` of them, in the block; all that were begun end at its end."""
+    """Runs `at_once` streams at a time during the block; all that were begun end at its end."""
 
     def __init__(self, caller: Caller, at_once: int) -> None:
         self._caller, self._at_once = caller, at_once
@@ -63,12 +63,12 @@ class Load:
 
 
 async def ready(service: Service) -> set[str]:
-    """The replicas that are ready."""
+    """Return the replicas that are ready."""
     return {row.id for row in await list_replicas(service.db) if row.observed == "ready"}
 
 
 async def both_ready(service: Service) -> set[str]:
-    """The replicas, once as many as may be are ready."""
+    """Wait until the maximum number of replicas is ready, and return them."""
 
     async def both() -> bool:
         return len(await ready(service)) == REPLICAS
@@ -94,7 +94,7 @@ async def test_a_node_dies_under_load_and_no_queued_request_is_lost(fleet: Fleet
             return all(stats["replicas"][replica]["load"] == SLOTS for replica in before)
 
         await until(all_busy)
-        assert sum(1 for stream in load.streams if not stream.raw) > SLOTS, "many wait"
+        assert sum(1 for stream in load.streams if not stream.raw) > SLOTS, "many requests wait"
         await asyncio.to_thread(fleet.kill, nodes[doomed])
 
         async def replaced() -> bool:
@@ -105,10 +105,10 @@ async def test_a_node_dies_under_load_and_no_queued_request_is_lost(fleet: Fleet
         await until(replaced, 120)
         (replacement,) = await ready(service) - before
         home = fleet.node_of(service.supervisors()[replacement])
-        assert home is not nodes[other], "it is on the node that was free"
+        assert home is not nodes[other], "it is on the free node"
     broken = [stream for stream in load.streams if not completed(stream, TOKENS)]
     assert broken, "the node was busy"
-    assert all(stream.tokens > 0 and stream.error is not None for stream in broken), "those were under way, and were told"
+    assert all(stream.tokens > 0 and stream.error is not None for stream in broken), "they ran, and their clients received an error"
     ledger = await caller.ledger(*(stream.headers["x-request-id"] for stream in load.streams))
     assert {event.status for event in ledger.values()} == {"completed", "failed"}
     assert sum(1 for event in ledger.values() if event.status == "failed") == len(broken)
@@ -127,7 +127,7 @@ async def test_replicas_outlive_the_controller_and_the_next_one_adopts_them(call
         assert await ready(service) == before
         for name in ("controller-0", "controller-1"):
             service.start(name)
-        # It controls: what is lost is replaced, and nothing else.
+        # The new controller works: it replaces the lost replica, and no other.
         victim, kept = sorted(before)
         service.supervisors()[victim].kill()
 

@@ -1,4 +1,4 @@
-"""The provisioner on a real Ray cluster, with supervisors that end soon: they are told of no database."""
+"""The provisioner on a real Ray cluster, with supervisors that end soon, because they get no database."""
 
 import contextlib
 import fcntl
@@ -74,7 +74,7 @@ async def test_why_one_is_gone_is_known(settings: Settings, tmp_path: Path) -> N
     await until(gone)
     assert (await ill_homed.last_words("rep_1")).startswith("NotADirectoryError: [Errno 20] Not a directory")
     assert "LMAAS_DATABASE_URL" in await provisioner.last_words("rep_2")
-    # Of one that somebody else has started nothing is known, nor of one that has told it.
+    # The provisioner knows nothing of a replica that another process has started, nor of one whose end it has reported.
     assert await provisioner.last_words("rep_1") == await provisioner.last_words("rep_2") == ""
 
 

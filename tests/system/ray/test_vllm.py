@@ -42,7 +42,7 @@ async def test_a_node_with_vllm_dies_and_what_waits_is_answered_by_the_next(flee
 
 
 async def lose_a_node(fleet: Fleet, service: Service) -> None:
-    """The test, once there are nodes."""
+    """Run the test, once there are nodes."""
     service.model = await register_model(service.settings, service.db, Console(quiet=True))
     (client,) = await service.clients("acme", 1, adapters=0, max_queued=256)
     admin = new_key()
@@ -68,7 +68,7 @@ async def lose_a_node(fleet: Fleet, service: Service) -> None:
 
     await until(all_ended, START_S)
     await asyncio.gather(*tasks)
-    assert not any(engine.is_running() for engine in engines), "nothing of the node is left"
+    assert not any(engine.is_running() for engine in engines), "no process of the node is left"
     cut = [stream for stream in streams if not stream.done]
     assert len(cut) <= SLOTS
     assert all(stream.tokens > 0 and stream.error is not None for stream in cut)

@@ -1,4 +1,4 @@
-"""Which modules an adapter is read to adapt, with which ranks and alphas: patterns, names without a prefix, embeddings and the head."""
+"""The modules that an adapter adapts, with their ranks and alphas: patterns, names without a prefix, embeddings and the head."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ K1 = "model.layers.1.self_attn.k_proj"
 
 
 def patterns_of(facts: AdapterFacts) -> dict[str, Any]:
-    """What the canonical config says of ranks and alphas."""
+    """Return the ranks and alphas of the canonical config."""
     return {key: facts.config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern") if key in facts.config}
 
 
@@ -44,7 +44,7 @@ def test_ranks_come_from_the_tensors_and_alphas_from_the_patterns(file: Path) ->
 
 
 def test_what_no_pattern_changes_is_stored_as_without_patterns(file: Path) -> None:
-    """The hash of what was stored before there were patterns stays the same."""
+    """The hash of an adapter that was stored before patterns were supported stays the same."""
     plain = check(file, config(), tensors()).config
     assert (
         check(file, config(r=8, rank_pattern={"proj": 8, ".*": 4}, lora_alpha=3, alpha_pattern={"[qv]_proj": 8}), tensors()).config == plain

@@ -1,4 +1,4 @@
-"""Patterns of rank_pattern and alpha_pattern match what PEFT's rule matches, and none of them stalls the matcher."""
+"""Patterns of rank_pattern and alpha_pattern match the same names as PEFT's rule, and none of them stalls the matcher."""
 
 import re
 import time
@@ -12,17 +12,17 @@ from tests.support.adapters import base
 from tests.support.effort import tries
 
 MODULES = [*base(layers=12).linears, "model.layers.1", "q_proj", "q.proj", "x_lm_head", "model.layers.0.self_attn.q_proj.q_proj"]
-#: Short enough for a matcher that backtracks.
+#: Names that are short enough for a matcher that backtracks.
 SHORT = ["q_proj", "a", "0.a", "a.0", "a.q_proj", "mlp.1.a", "mlp.a_a", "lm.q-a", "aaa", "aQ.1", "1.10.0", "mlp", "a.mlp"]
 
 
 def first_values(patterns: dict[str, int], modules: list[str]) -> dict[str, int]:
-    """Of the modules that some pattern matches."""
+    """Return the first value of each module that some pattern matches."""
     return {module: values[0] for module, values in matching_values(patterns, modules).items() if values}
 
 
 def by_peft(key: str, modules: list[str]) -> dict[str, int]:
-    """PEFT's own rule (`peft.utils.other.get_pattern_key`)."""
+    """Return the modules that PEFT's own rule matches (`peft.utils.other.get_pattern_key`)."""
     return {module: 1 for module in modules if re.match(rf"(.*\.)?({key})$", module)}
 
 
@@ -129,7 +129,7 @@ def test_the_number_of_patterns_is_bounded() -> None:
     "(.?){{200}}.{{200}}{i}", "(.*\\.){{9}}((q|k)_proj|.{{90}})*{i}", "(a{{1,30}}){{1,30}}{i}",
 ])  # fmt: skip
 def test_as_many_hostile_patterns_as_are_allowed_end_soon(attack: str) -> None:
-    """Each would keep a backtracking matcher busy for longer than anyone waits. A base model with 224 modules."""
+    """Each pattern would keep a backtracking matcher busy for a very long time. The base model has 224 modules."""
     names = [name + "a" * 60 for name in base(layers=32).linears]
     started = time.process_time()
     try:

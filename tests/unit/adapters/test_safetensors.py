@@ -1,4 +1,4 @@
-"""The header reader: what is a safetensors file, exactly, and what only pretends to be one."""
+"""The header reader accepts only well-formed safetensors files."""
 
 import ast
 import gzip
@@ -285,7 +285,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut=st.none() | st.integers(0, len(GOOD)),
 )
 def test_mutations_of_a_good_file(scratch: Path, edits: list[tuple[int, bytes, int]], cut: int | None) -> None:
-    """Whatever passes here is also a file to the format's own reader, with the same tensors: the engine will not fail on it."""
+    """If a file passes here, the format's own reader reads it too, with the same tensors, so the engine does not fail on it."""
     content = bytearray(GOOD)
     for position, new, remove in edits:
         content[position : position + remove] = new
@@ -299,7 +299,7 @@ def test_mutations_of_a_good_file(scratch: Path, edits: list[tuple[int, bytes, i
 
 
 def test_the_architectures_whose_embeddings_take_lora_are_those_of_vllm() -> None:
-    """Read from the source of vLLM's classes and their bases: importing them all takes long."""
+    """The names are read from the source of vLLM's classes and their bases, because importing them all takes long."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         pytest.skip("vLLM is not installed")

@@ -230,7 +230,7 @@ def test_unsupported_configs(file: Path, changes: dict[str, Any]) -> None:
 
 
 def test_missing_keys(file: Path) -> None:
-    """PEFT takes its own defaults for them: rank 8, alpha 8."""
+    """Missing keys have PEFT's own defaults: rank 8, alpha 8."""
     facts = check(file, b"{}", tensors(rank=8))
     assert (facts.config["r"], facts.config["lora_alpha"], facts.config["use_rslora"]) == (8, 8, False)
     assert refused(file, b"{}", tensors(rank=4)).error_code == "rank_not_supported"

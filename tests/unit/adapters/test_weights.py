@@ -1,4 +1,4 @@
-"""Weights must be finite and act, in the engine's dtype and after its scaling."""
+"""Weights must be finite and have an effect, in the engine's dtype and after its scaling."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which limits hold, what a request may use, and what a refusal says."""
+"""The limits of admission, the estimates of requests, and the texts of refusals."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ PRINCIPAL = Principal("key_1", Role.INFERENCE, "ten_1", "acme", 10, "standard")
         ({"prompt": "abc", "echo": True, "max_tokens": 0}, 1, (2, 1)),  # the engine generates a token all the same
         ({"prompt": "a" * 9000, "max_tokens": 5, "truncate_prompt_tokens": 10}, 1, (10, 5)),
         ({"prompt": "a" * 9000, "max_tokens": 5, "truncate_prompt_tokens": -1}, 1, (2048, 5)),
-        ({"prompt": "a" * 90_000, "max_tokens": 900_000}, 1, (2048, 2048)),  # the engine takes no more, whatever is asked
+        ({"prompt": "a" * 90_000, "max_tokens": 900_000}, 1, (2048, 2048)),  # the engine accepts no more, whatever the request says
     ],
 )
 def test_estimates(parameters: dict[str, Any], prompts: int, expected: tuple[int, int]) -> None:
@@ -69,7 +69,7 @@ def test_service_tiers_are_shares_and_order() -> None:
     priority, usual, flex = (SERVICE_TIERS[name] for name in ("priority", "default", "flex"))
     assert priority.share > usual.share > flex.share > 0
     assert priority.head_start > usual.head_start > flex.head_start
-    # Who wants more pays more: otherwise everybody would.
+    # A larger share costs more: otherwise every tenant would choose it.
     assert priority.price_percent >= 100 * priority.share / usual.share
 
 
@@ -154,7 +154,7 @@ async def test_the_ledger_is_asked_once_for_all_that_wait(no_database: Database,
     asking = Months(no_database)
     waiting = [asyncio.create_task(asking.seeds("t", ["t", "k"], 202611)) for _ in range(20)]
     await until(lambda: asked)
-    waiting[0].cancel()  # one of them goes away
+    waiting[0].cancel()  # one of the requests leaves
     gate.set()
     answers = await asyncio.gather(*waiting[1:])
     assert answers == [{"t": Seed(202611, 9, 1), "k": Seed(202611, 7, 1)}] * 19

@@ -15,7 +15,7 @@ from lmaas.states import Desired
 
 
 class Item(Shape, frozen=True, kw_only=True):
-    """Something inside a list."""
+    """An object inside a list."""
 
     weight: Annotated[float, Meta(ge=0.5, le=2)]
 
@@ -111,7 +111,7 @@ def test_other_parameters_of_a_query_have_no_effect() -> None:
 
 
 def test_the_words_cover_what_msgspec_refuses() -> None:
-    """Every refusal of msgspec's is explained by a rule of ours, so that the fallback text is never used."""
+    """Every refusal of msgspec matches one of our rules, so the fallback text is never used."""
     values: list[Any] = [None, True, 0, -1, 1.5, 10**40, "", "text", [], [None], {}, {"x": 1}]
     for known in msgspec.structs.fields(Body):
         for value in values:

@@ -25,7 +25,7 @@ LIMIT = 300_000
 
 
 async def upload(request: Request) -> Response:
-    """Answer with the fields, and the sizes of the files."""
+    """Respond with the fields, and the sizes of the files."""
     async with multipart_form(request, LIMIT, max_files=2, max_fields=2) as form:
         return JsonResponse({name: value if isinstance(value, str) else len(await value.read()) for name, value in form.multi_items()})
 

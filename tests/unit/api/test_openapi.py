@@ -1,4 +1,4 @@
-"""The OpenAPI document is valid, complete, and says the same as the code."""
+"""The OpenAPI document is valid, complete, and agrees with the code."""
 
 from dataclasses import fields
 from typing import Any, get_args
@@ -37,7 +37,7 @@ OTHERS = {
 
 
 def references(value: Any) -> set[str]:
-    """Return the names of all schemas that are referred to."""
+    """Return the names of all referenced schemas."""
     if isinstance(value, dict):
         own = {value["$ref"].rpartition("/")[2]} if isinstance(value.get("$ref"), str) else set()
         return own.union(*(references(item) for item in value.values()))
@@ -75,7 +75,7 @@ def test_every_field_of_an_answer_is_required_unless_it_may_be_missing() -> None
 
 def test_changes_have_an_audit_action_and_reads_have_none() -> None:
     for operation in OPERATIONS:
-        # What a tenant's requests have stored is its own affair: operators do not see it, and its changes leave no record.
+        # Stored requests and responses belong to the tenant: operators do not see them, and changing them leaves no record.
         is_of_requests = operation.path.startswith(("/v1/responses", "/v1/conversations"))
         assert not (is_of_requests and operation.for_operators)
         expected = operation.method == "GET" or operation.id == "check_adapter" or is_of_requests
@@ -94,7 +94,7 @@ def test_shapes_agree_with_what_they_are_made_from() -> None:
     assert get_args(files.UploadPurpose) == UPLOADED
 
 
-#: The schemas of the requests that generate nothing, and their tables.
+#: The schemas of the requests that generate no text, and their tables.
 POOLING = (("EmbeddingsRequest", EMBEDDINGS), ("RerankRequest", RERANK), ("ScoreRequest", SCORE))
 
 

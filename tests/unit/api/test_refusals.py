@@ -1,4 +1,4 @@
-"""What every operation of the management API refuses before it reaches the database: keys, bodies and queries."""
+"""The refusals of every operation of the management API that need no database: keys, bodies and queries."""
 
 import re
 
@@ -14,23 +14,23 @@ from tests.unit.unreachable import INFERENCE, OPERATOR, TENANT, UnreachableGatew
 PLACES = [place for operation in OPERATIONS for place in operation.places]
 #: Where an operator names the tenant in the path, the gateway looks for the tenant first.
 DIRECT = [place for place in PLACES if place.path != place.operation.operator_path]
-#: Without those that look at the tenant's limits before they read the body.
+#: Without the operations that read the tenant's limits before the body.
 WITH_BODY = [place for place in DIRECT if place.operation.body is not None and not (place.operation.files or place.operation.reads_body)]
 PAGED = [place for place in DIRECT if place.operation.is_paged]
 
 
 def path_of(place: Place) -> str:
-    """The path with something in each of its parameters."""
+    """Return the path with a value for each of its parameters."""
     return re.sub(r"{\w+}", "x", place.path)
 
 
 def named(places: list[Place]) -> pytest.MarkDecorator:
-    """One test for each place."""
+    """Return one test for each place."""
     return pytest.mark.parametrize("place", places, ids=lambda place: place.id)
 
 
 def allows(permission: Permission, principal: Principal) -> bool:
-    """Whether a key may call an operation with this permission, at the path for its kind of key."""
+    """Return whether a key may call an operation with this permission, at the path for its kind of key."""
     if permission is Permission.OPERATOR:
         return principal.role is Role.OPERATOR
     return principal.role is Role.TENANT_ADMIN or (permission is Permission.TENANT and principal.role is Role.INFERENCE)

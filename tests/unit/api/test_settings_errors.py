@@ -1,4 +1,4 @@
-"""A service whose settings do not work says so to the person who runs it, and not to its clients."""
+"""Settings that do not work are reported to the operator of the service, and not to its clients."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Folders of uploads go with the upload, and those of dead processes with the next start of a gateway."""
+"""Folders of uploads are deleted at the end of the upload, and those of dead processes at the next start of a gateway."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_what_a_killed_process_has_left_is_swept(tmp_path: Path) -> None:
         os.utime(tmp_path / "a file", (0, 0))
         assert sweep(tmp_path) == 1
         assert {path.name for path in tmp_path.iterdir()} == {live.name, young.name, "a file"}
-        # Without its lock: one that is being created, and one that is long dead.
+        # Folders without a lock: one that is being created, and one of a process that died long ago.
         for age_s, left in ((MIN_AGE_S / 2, 0), (MIN_AGE_S * 2, 1)):
             (tmp_path / "other").mkdir(exist_ok=True)
             at = (tmp_path / "other").stat().st_ctime - age_s

@@ -1,4 +1,4 @@
-"""The table of operations is the only place that spells the paths of the management API."""
+"""The table of operations is the only place that contains the paths of the management API."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Forms with a file that is written while they arrive: what is taken, and what is refused, however the form is cut into pieces."""
+"""Forms with a file that is written while they arrive: accepted and refused forms, however the form is cut into pieces."""
 
 import gzip
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ TYPE = "multipart/form-data; boundary=b"
 
 
 async def upload(request: Request) -> Response:
-    """Answer with the texts, the name of the file and its bytes."""
+    """Respond with the texts, the name of the file and its bytes."""
     pieces: list[bytes] = []
 
     async def write(piece: bytes) -> None:

@@ -137,5 +137,5 @@ def test_small_chunks_of_a_large_request_cost_no_more_than_large_ones() -> None:
     body = json.dumps({"requests": [request(params=PARAMS | {"system": "x" * 8_000_000})]}).encode()
     began = time.process_time()
     assert len(read(body, size=512, request_bytes=10_000_000)) == 1
-    # It is 0.2 s. If each chunk copied what came before it, 64 GB would be copied.
+    # This takes 0.2 s. If each chunk copied the chunks before it, 64 GB would be copied.
     assert time.process_time() - began < 2

@@ -16,7 +16,7 @@ def chat(*contents: str, **more: Any) -> bytes:
 
 
 def runs(keys: list[tuple[bytes, str]]) -> int:
-    """The number of runs of equal labels in the order of the keys."""
+    """Return the number of runs of equal labels in the order of the keys."""
     labels = [label for _, label in sorted(keys)]
     return sum(1 for before, after in zip([None, *labels], labels, strict=False) if before != after)
 
@@ -55,7 +55,7 @@ def test_tools_and_instructions_are_part_of_the_beginning() -> None:
         ({"prompt": "", "max_tokens": -5}, True, 513),
         ({"prompt": "", "max_tokens": "5"}, True, 513),
         ({"prompt": "", "max_tokens": 10**12}, True, 513),
-        # No request takes more than its model's context, whatever it asks for.
+        # A request uses at most its model's context, whatever its limit.
         ({"prompt": "", "max_tokens": 10**9 - 1}, True, 1 + CONTEXT),
         ({"prompt": "", "max_tokens": 10**9 - 1, "n": 10**9 - 1}, True, 1 + CONTEXT),
         ({"prompt": "", "max_tokens": 10**9 - 1, "n": 128}, True, 1 + 128 * CONTEXT),
@@ -63,7 +63,7 @@ def test_tools_and_instructions_are_part_of_the_beginning() -> None:
         ({"input": [{"content": "x" * 60_000}], "max_output_tokens": 7}, True, CONTEXT + 7),
         ({"prompt": "x" * 60_000, "max_tokens": 7}, True, CONTEXT + 7),
         ({"input": "x" * 60_000}, False, CONTEXT),
-        # But one with several prompts.
+        # A request with several prompts may use more.
         ({"prompt": ["x" * 29_998, "x" * 29_996], "max_tokens": 7}, True, 20_001 + 7),
         ({"input": ["x" * 29_998, "x" * 29_996]}, False, 20_001),
     ],

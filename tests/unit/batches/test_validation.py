@@ -1,4 +1,4 @@
-"""Validation of input files: what each fault is called, and what a valid line is read as."""
+"""Validation of input files: the name of each fault, and the parsed form of a valid line."""
 
 import json
 import tracemalloc
@@ -18,13 +18,13 @@ LIMIT = 256 * 1024
 
 
 def line(custom_id: Any = "a", **changes: Any) -> bytes:
-    """A line with these fields instead of those of a valid one. A field that is `...` is left out."""
+    """Return a line with these fields instead of those of a valid one. A field that is `...` is left out."""
     fields = {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": BODY} | changes
     return json.dumps({name: value for name, value in fields.items() if value is not ...}).encode()
 
 
 def checked(text: bytes, *, size: int = 1000, **settings: Any) -> Validator:
-    """The validator after the file with this content, given to it in chunks of this size."""
+    """Return the validator after it has read this content in chunks of this size."""
     validator = Validator(
         settings.pop("endpoint", CHAT), settings.pop("max_request_bytes", LIMIT), settings.pop("max_lines", 50_000), **settings
     )

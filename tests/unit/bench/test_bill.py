@@ -1,4 +1,4 @@
-"""How the bench measures an engine, and what it compares."""
+"""The measurements of an engine in the benchmark, and its comparisons."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ def test_a_line_is_found_through_its_points_and_near_them() -> None:
     base, slope = line([1, 2, 3], [0.10, 0.13, 0.12])
     assert base == pytest.approx(0.0967, abs=1e-3)
     assert slope == pytest.approx(0.01)
-    # An engine is not faster with more sequences, nor does a step take no time.
+    # An engine does not get faster with more sequences, and each step takes some time.
     assert line([1, 2], [0.2, 0.1]) == pytest.approx((0.15, 0.0))
     assert line([1, 2], [0.1, 0.3])[0] > 0
 

@@ -1,4 +1,4 @@
-"""The streaming client of the bars: it measures the first token that can be seen, and takes no half answers."""
+"""The streaming client of the bars: it measures the first token that can be seen, and refuses incomplete responses."""
 
 import json
 from collections.abc import AsyncIterator

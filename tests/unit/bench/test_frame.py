@@ -1,4 +1,4 @@
-"""What the bars share: fair rounds, honest verdicts, and the format of the results."""
+"""The common parts of the bars: fair rounds, verdicts, and the format of the results."""
 
 import json
 from pathlib import Path

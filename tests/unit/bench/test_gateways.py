@@ -1,4 +1,4 @@
-"""What the bars of the gateway count as a right answer, and what as a command."""
+"""The gateway's bars: which responses count as right, and which bytes as a command."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the serving bars ask, and which of two ways counts."""
+"""The requests of the serving bars, and which of two ways counts."""
 
 from bench.client import Answer, Place, Run
 from bench.frame import Bar, attempted

@@ -1,4 +1,4 @@
-"""The measure of fairness itself: VTC as its authors describe it stays within its bound, taking turns by request does not."""
+"""The measure of fairness itself: VTC in its authors' form stays within its bound, taking turns by request does not."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from bench.vtc import WP, WQ, Calls, Differences, Request, history
 
 
 class Plain(Calls):
-    """A scheduler in a few lines: the waiting tenant with the smallest counter goes next, and every counter tells what it was charged."""
+    """A scheduler in a few lines: the waiting tenant with the smallest counter goes next, and service is added to its counter."""
 
     def __init__(self, pool: str, slots: int, adapter_slots: int) -> None:
         del pool, adapter_slots
@@ -62,7 +62,7 @@ class Plain(Calls):
 
 
 class Turns(Plain):
-    """Each request is a turn, whatever its length."""
+    """A scheduler in which each request is a turn, whatever its length."""
 
     def charge(self, request: Request) -> None:
         self.counters[request.tenant] += 1

@@ -1,4 +1,4 @@
-"""The simulated day of lines that may wait: the bar holds, every line ends in time, and engines start seldom."""
+"""The simulated day of batch lines: the bar holds, every line ends in time, and engines start seldom."""
 
 from bench.wakes import DAY_S, LINES, AtOnce, Controlled, lines, simulate
 from lmaas.simulation.profile import Profile

@@ -1,4 +1,4 @@
-"""The judge of durable work in the chaos test: it finds what is wrong, and nothing else."""
+"""The judge of durable work in the chaos test: it reports every fault, and nothing else."""
 
 from dataclasses import replace
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""The judge of the chaos test: it finds what is wrong, and nothing else."""
+"""The judge of the chaos test: it reports every fault, and nothing else."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -58,7 +58,7 @@ COMPLETED, ABORTED, FAILED, LOST = UsageStatus.COMPLETED, UsageStatus.ABORTED, U
         (attempt(**STREAM | {"tokens": 11, "cut": True}), [event(ABORTED, 12)], [ENGINE]),
         (attempt(**STREAM | {"tokens": 38, "code": "engine_failed"}), [event(FAILED, 38, "engine_failed")], [ENGINE]),
         (attempt(broken=True, **STREAM), [event(LOST, 25)], [GATEWAY]),
-        # Its client never heard the id.
+        # Its client never received the id.
         (attempt(cut=True), [event(ABORTED, 40)], []),
     ],
 )

@@ -1,4 +1,4 @@
-"""`lmaas chat` with a server whose answers are given: from a pipe, with a message, and on a terminal."""
+"""`lmaas chat` with a server whose responses are fixed: from a pipe, with a message, and on a terminal."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ANSWER = "\n\n".join([": queued position=1 estimated_wait_s=6\n" + HELLO, STOP, 
 
 
 class Server(ThreadingHTTPServer):
-    """A service whose model answers every message with `Hello`. It never ends the answer to `hang`, and refuses `refuse`."""
+    """A service whose model responds to every message with `Hello`. It never ends the response to `hang`, and refuses `refuse`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -30,21 +30,21 @@ class Server(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of the command."""
+        """Return the environment of the command."""
         return {"LMAAS_URL": f"http://127.0.0.1:{self.server_port}/v1", "LMAAS_API_KEY": "sk-lmaas-x"}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers a request."""
+    """The handler of one request."""
 
     server: Server
 
     def do_GET(self) -> None:
-        """Say that the key is not an operator's."""
+        """Report that the key is not an operator's."""
         self._answer(403, "application/json", b'{"error": {"message": "This needs an operator\'s key.", "code": "forbidden"}}')
 
     def do_POST(self) -> None:
-        """Answer a message."""
+        """Respond to a message."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append(body)
         last = body["messages"][-1]["content"]
@@ -139,7 +139,7 @@ class Terminal:
         return self
 
     def until(self, text: str) -> None:
-        """Read until the output has this text after what was waited for before."""
+        """Read until the output contains this text after the text of the last call."""
         deadline = time.monotonic() + 20
         while text not in self.output:
             assert time.monotonic() < deadline, self.output
@@ -164,7 +164,7 @@ class Terminal:
 
 
 def test_a_conversation_on_a_terminal(server: Server) -> None:
-    """Each answer is kept, Ctrl-C stops one, an error does not end the conversation, /reset forgets it, and Ctrl-D ends the command."""
+    """Each completion is kept, Ctrl-C stops one, an error does not end the conversation, /reset forgets it, and Ctrl-D ends the command."""
     with Terminal(server.environment, "chat", "bot") as terminal:
         for typed, shown in (
             ("Hi\n", "9 (4 cached) + 2 tokens, first token"),

@@ -1,4 +1,4 @@
-"""The reference of commands describes every command and option as it is."""
+"""The reference of commands describes every command and option as the code has it."""
 
 import click
 

@@ -26,7 +26,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def complaint(words: list[str]) -> str:
-    """Return the first word that is no command or option where it stands; empty if there is none."""
+    """Return the first word that is not a command or option at its place; empty if there is none."""
     command: click.Command = cli
     remaining = iter(words)
     for word in remaining:

@@ -1,4 +1,4 @@
-"""Deletions ask, on a terminal only; usage errors have the exit code 2."""
+"""Deletions ask for confirmation, on a terminal only; usage errors have the exit code 2."""
 
 import os
 import pty
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lmaas.cli.commands import cli
 
-#: Nothing listens there: what gets past the question fails with exit code 1.
+#: No service listens at this address, so a confirmed command fails with exit code 1.
 NOWHERE = {"LMAAS_URL": "http://127.0.0.1:1/v1", "LMAAS_API_KEY": "sk-lmaas-none"}
 DELETIONS = [
     ["tenant", "delete", "acme"],
@@ -70,7 +70,7 @@ def test_on_a_terminal_it_asks(answer: str, says: str) -> None:
         os.close(ours)
         os.close(theirs)
     assert done.returncode == 1
-    assert done.stdout == "", "the question is no part of the output"
+    assert done.stdout == "", "the question is not part of the output"
     assert "Revoke the key 'key_1'? It stops working within a second, and cannot be restored. [y/N]: " in done.stderr
     assert says in done.stderr
 

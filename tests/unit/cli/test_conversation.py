@@ -1,4 +1,4 @@
-"""What the lines of a streamed answer mean, and what is sent for the next message."""
+"""The lines of a streamed response, and the request for the next message."""
 
 from typing import Any
 

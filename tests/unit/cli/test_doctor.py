@@ -1,4 +1,4 @@
-"""`lmaas doctor`: what each fact means, the checks of this machine, and the command with its exit code."""
+"""`lmaas doctor`: the judgement of each fact, the checks of this machine, and the command with its exit code."""
 
 import fcntl
 import json
@@ -56,7 +56,7 @@ OK, WARNING, WRONG = Level.OK, Level.WARNING, Level.WRONG
 def test_what_a_fact_means(finding: Finding, level: Level, says: str) -> None:
     assert finding.level is level
     assert says in finding.says
-    assert bool(finding.do) is (level is not OK), "what is not well has a remedy"
+    assert bool(finding.do) is (level is not OK), "each fault has a remedy"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_service_that_is_not_well(status: int, body: bytes, says: str) -> None
     assert code == 1
     [wrong] = [each for each in found if each["level"] == "wrong"]
     assert (wrong["check"], says in wrong["says"]) == ("service", True)
-    # A client's own machine runs nothing.
+    # A client's own machine runs no part of the service.
     assert {each["check"] for each in found} == {"settings", "python", "packages", "credentials", "service"}
 
 

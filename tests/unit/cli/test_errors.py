@@ -27,7 +27,7 @@ NOWHERE = {"LMAAS_URL": "http://127.0.0.1:1/v1", "LMAAS_API_KEY": SECRET}
 
 
 def lmaas(*arguments: str | bytes, redirect: str = "", **environment: str) -> tuple[int, str]:
-    """Run the command in a shell; return its exit code and what is on standard error."""
+    """Run the command in a shell; return its exit code and its standard error."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("LMAAS_", "PYTHONUNBUFFERED"))}
     command = [sys.executable, "-m", "lmaas", *arguments]
     # The first of the words after the script is its $0.
@@ -60,7 +60,7 @@ def test_of_a_whole_process(arguments: list[str | bytes], redirect: str, code: i
 
 
 def test_a_full_disk_is_said_of_an_answer_too(tmp_path: Path) -> None:
-    """The answer is given by a site module, in place of a service."""
+    """A site module fixes the response, in place of a service."""
     (tmp_path / "sitecustomize.py").write_text(
         "from lmaas.manifests.client import ApiClient\n"
         "ApiClient.send = lambda *_, **__: {'id': 'ten_1', 'deleted': True}\n"
@@ -87,7 +87,7 @@ def test_a_locale_without_a_character_does_not_stop_the_output(tmp_path: Path) -
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str, **environment: str) -> tuple[int, str]:
-    """Run a command in this process; return its exit code and what is on standard error."""
+    """Run a command in this process; return its exit code and its standard error."""
     monkeypatch.setattr(sys, "argv", ["lmaas", *arguments])
     for name, value in (NOWHERE | environment).items():
         monkeypatch.setenv(name, value)
@@ -218,7 +218,7 @@ class Tenants:
         self._failure = failure
 
     def send(self, operation: Operation, body: Mapping[str, Any] | None = None, *, tenant: str, **_: Any) -> dict[str, Any]:
-        """Answer a request about a tenant."""
+        """Respond to a request about a tenant."""
         assert body is None
         if operation is table.GET_TENANT:
             if tenant != "acme":

@@ -137,7 +137,7 @@ def test_the_end_of_a_long_file_is_read_with_its_predecessor(tmp_path: Path) -> 
     file = LogFile(path, "engine", REPLICA)
     assert [line.text for line in file.past(Filter(), 2)] == ["old 999", "new"]
     file.close()
-    # A filter looks at all lines.
+    # A filter searches all lines.
     assert [line.text for line in LogFile(path, "engine", REPLICA).past(Filter(request="old 7"), 1)] == ["old 799"]
 
 

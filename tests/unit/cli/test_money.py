@@ -1,4 +1,4 @@
-"""Amounts on the command line are dollars, and those that were meant in micro-dollars are refused."""
+"""Amounts on the command line are dollars, and values that look like micro-dollars are refused."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""What every command has: `--json`, `--wide`, `--tenant` and help, before the command or after it; the version; names in both numbers."""
+"""Options and forms of every command: `--json`, `--wide`, `--tenant` and help, before the command or after it; the version; singular and
+plural names."""
 
 import json
 import os
@@ -26,7 +27,7 @@ def run(*arguments: str, **environment: str) -> Result:
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service whose every list is one row."""
+    """A service whose every list has one row."""
     monkeypatch.setattr(ApiClient, "items", lambda *_, **__: [ROW])
     monkeypatch.setattr(ApiClient, "send", lambda *_, **__: {"data": [ROW], "has_more": False})
 
@@ -109,7 +110,7 @@ def test_the_version_needs_no_right_setting(arguments: list[str]) -> None:
 @pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("arguments", [[], ["--wide"]])
 def test_a_wide_table_has_every_column(arguments: list[str]) -> None:
-    done = run("key", "list", *arguments, COLUMNS="40", FORCE_COLOR="1")  # which makes the output of the test a terminal
+    done = run("key", "list", *arguments, COLUMNS="40", FORCE_COLOR="1")  # makes the output of the test a terminal
     words = " ".join(done.output.split())
     said = "Not shown, because the terminal has 40 columns: prefix, created at, expires at. Add --wide to see them."
     assert (said in words) is (not arguments)
@@ -124,7 +125,7 @@ def test_the_script_of_a_shell_needs_no_right_setting(shell: str) -> None:
 
 
 def completed(words: str, **environment: str) -> list[str]:
-    """Return what bash would offer for the last of these words."""
+    """Return bash's completions of the last of these words."""
     with_words = {"_LMAAS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     own = {name: value for name, value in os.environ.items() if not name.startswith("LMAAS_")}
     done = subprocess.run([sys.executable, "-m", "lmaas"], env=own | with_words | environment, capture_output=True, text=True, check=True)
@@ -150,7 +151,7 @@ def test_commands_and_options_are_completed(words: str, offered: str) -> None:
     ],
 )
 def test_names_are_completed_from_the_service(words: str, offered: list[str]) -> None:
-    """Every list of this server is that of two tenants."""
+    """Every list of this server contains two tenants."""
     rows = [{"id": "ten_1", "name": "acme"}, {"id": "ten_2", "name": "globex"}]
     kept = dict.fromkeys(("base_model", "desired", "observed", "url", "reason", "created_at", "ready_at", "ended_at", "start"))
     more = dict.fromkeys(("tier", "max_queued", "max_adapters", "live_version", "latest_version", "activated_by", "effective_limits"))

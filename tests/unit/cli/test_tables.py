@@ -1,4 +1,4 @@
-"""Tables for people: what fits a terminal, and that nothing is cut or left out silently."""
+"""Tables for people: they fit a terminal, and nothing is cut or left out silently."""
 
 import io
 from typing import Any
@@ -108,7 +108,7 @@ def test_a_long_name_is_folded_where_nothing_would_fit_beside_it() -> None:
     assert all(len(line) <= 80 for line in text)
     assert "".join(text).count("n") >= 63
     assert any(ID in line for line in text)
-    # Where enough fits, a name stays in one piece.
+    # If it fits, a name stays in one piece.
     text, hidden = shown([row], ("name", "id", "limits", "created_at"), 120)
     assert any("n" * 63 in line for line in text)
     assert hidden == ["created at"]

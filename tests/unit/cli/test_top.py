@@ -1,4 +1,4 @@
-"""`lmaas top`: what is shown of pools and replicas, in 80 columns and a few lines, once and as JSON."""
+"""`lmaas top`: pools and replicas in 80 columns and a few lines, once and as JSON."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""compose.yaml and what belongs to it, without Docker: what a reader would have to check by hand."""
+"""compose.yaml and its files, without Docker: checks that a reader would have to make by hand."""
 
 import json
 import os
@@ -37,7 +37,7 @@ LOGINS = ("DATABASE_GATEWAY_PASSWORD", "DATABASE_CONTROLLER_PASSWORD", "DATABASE
 SECRETS = ("LMAAS_OPERATOR_KEY", "LMAAS_CONSOLE_KEY", "POSTGRES_PASSWORD", *LOGINS, "VALKEY_PASSWORD", "GRAFANA_PASSWORD")
 ONE_SHOTS = {"migrate", "init", "init-gpu", "tenants", "cli"}
 PUBLISHED = {"proxy", "prometheus", "grafana"}
-#: What Prometheus itself adds.
+#: Metrics that Prometheus itself adds.
 BUILT_IN = {"up"}
 
 each_service = pytest.mark.parametrize("name", list(SERVICES))
@@ -93,9 +93,9 @@ def test_networks(name: str) -> None:
     service = SERVICES[name]
     assert ("ports" in service) == (name in PUBLISHED)
     for port in service.get("ports", ()):
-        # Prometheus asks nobody for a password: who publishes the service does not publish that.
+        # Prometheus requires no password, so publishing the service does not publish Prometheus.
         assert port.startswith(f"${{{'BIND' if name == 'proxy' else 'MONITORING'}_ADDRESS:-127.0.0.1}}:${{")
-    # `init` fetches models, and the console asks an OIDC provider.
+    # `init` fetches models, and the console calls an OIDC provider.
     if name not in PUBLISHED | {"init", "init-gpu", "console"}:
         assert list(service["networks"]) == ["backend"]
     assert COMPOSE["networks"]["backend"] == {"internal": True}
@@ -112,12 +112,12 @@ def test_what_is_kept_is_on_volumes() -> None:
 
 
 def test_whoever_registers_base_models_reads_where_they_are_prepared() -> None:
-    """A gateway reads the headers of a base model's weights; `init` and whoever runs in the engine's image has put them there."""
+    """A gateway reads the headers of a base model's weights, which `init` or a container with the engine's image has stored there."""
     (cache,) = re.findall(r"LMAAS_CACHE=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())
     assert f"models:{cache}:ro" in SERVICES["gateway"]["volumes"]
     for name in ("init", "init-gpu", "controller", "controller-gpu"):
         assert f"models:{cache}" in SERVICES[name]["volumes"]
-    # An empty volume takes its owner from the first image that it is mounted in, which may be the gateway's.
+    # An empty volume takes its owner from the first image that mounts it, which may be the gateway's.
     assert re.search(rf"chown -R lmaas:lmaas \S+ {cache}$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
 
 
@@ -164,7 +164,7 @@ def test_env_sh(tmp_path: Path) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", made[secret]) for secret in SECRETS[2:])
     subprocess.run(run, check=True, capture_output=True)
     assert (tmp_path / ".env").read_text() == text, "a second run must keep the secrets"
-    # What an older release has written keeps its values, and gets the secrets that it lacks.
+    # Values of an older release's file stay, and missing secrets are added.
     older = [line for line in text.splitlines() if not line.startswith(LOGINS)]
     older = [line.replace("LMAAS_PORT=8080", "LMAAS_PORT=9000") for line in older]
     (tmp_path / ".env").write_text("\n".join(older))
@@ -202,7 +202,7 @@ def test_the_images_settings_mean_something() -> None:
 
 
 def known_metrics() -> set[str]:
-    """Every sample's name that gateways, controllers and job runners show."""
+    """Return the name of every sample that gateways, controllers and job runners show."""
     gateway, jobs = GatewayMetrics(by_tenant=True), JobMetrics()
     gateway.refused("chat", "odd", "code")
     jobs.line("done")
@@ -222,7 +222,7 @@ def known_metrics() -> set[str]:
 
 
 def asked_metrics(expression: str) -> set[str]:
-    """Return the metrics that a query asks for."""
+    """Return the metrics that a query uses."""
     return set(re.findall(r"\b(?:lmaas_\w+|up)\b", re.sub(r'"[^"]*"', "", expression)))
 
 
@@ -283,7 +283,8 @@ def test_prometheus_asks_where_the_services_listen() -> None:
 
 
 def test_the_proxy_keeps_gateways_that_lack_a_database() -> None:
-    """/readyz asks Postgres and Redis, which are the same for all: none would be left to serve the keys that they know."""
+    """/readyz checks Postgres and Redis, which are the same for all gateways. In an outage, no gateway would be left to serve the keys that
+    it knows."""
     checks = [line.split() for line in PROXY.splitlines() if line.split()[:2] == ["http-check", "send"]]
     assert [check[check.index("uri") + 1] for check in checks] == ["/healthz"] * 2
     for needed in ("option redispatch", "retry-on conn-failure"):
@@ -291,9 +292,9 @@ def test_the_proxy_keeps_gateways_that_lack_a_database() -> None:
 
 
 def test_the_proxy_is_not_stopped_before_the_gateways() -> None:
-    """What depends on something is stopped before it: streams would be cut that the gateways let run, or end with an error."""
+    """If the proxy depended on the gateways, Compose would stop it first, and cut the streams that the gateways let run to their end."""
     assert "gateway" not in SERVICES["proxy"]["depends_on"]
-    assert "init-addr none" in PROXY, "then it starts without them"
+    assert "init-addr none" in PROXY, "the proxy starts without the gateways"
 
 
 def test_the_proxys_errors_look_like_the_gateways() -> None:
@@ -314,7 +315,8 @@ def test_valkey_has_room_for_a_rewrite() -> None:
 
 
 def test_a_gpu_image_can_compile_kernels() -> None:
-    """Triton needs a C compiler when an engine starts, and loads what that makes; /tmp is noexec. Never run, for want of a GPU."""
+    """Triton needs a C compiler when an engine starts, and loads the compiled code; /tmp is noexec. This was never run, for want of a
+    GPU."""
     image = (ROOT / "docker/Dockerfile").read_text()
     for variable in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         [folder] = re.findall(rf"{variable}=(\S+)", image)

@@ -1,4 +1,4 @@
-"""The static files of the console: what is vendored, how large they are, and how they are served."""
+"""The static files of the console: the vendored ones, their sizes, and their delivery."""
 
 import gzip
 import hashlib
@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from lmaas.console.assets import FOLDER, Assets
 
 VENDOR = FOLDER / "vendor"
-#: What the first page loads.
+#: The files that the first page loads.
 FIRST_PAGE = ("console.css", "app.js", "vendor/htmx.min.js", "icon.svg")
 
 

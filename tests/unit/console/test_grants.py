@@ -1,4 +1,4 @@
-"""Which roles groups give."""
+"""The roles that groups give."""
 
 from typing import Any
 

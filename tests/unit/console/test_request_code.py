@@ -1,4 +1,4 @@
-"""The code that the playground offers to copy: valid in each language, whatever the message is."""
+"""The code that the playground offers for copying: valid in each language, whatever the message is."""
 
 import ast
 import json

@@ -15,7 +15,7 @@ BUSY, IDLE = 0.0, 1000.0
 
 
 def watched(load: int, needed: int, seconds: float = STABLE_S) -> ScalingState:
-    """The memory of a pool that had this demand for so long."""
+    """Return the memory of a pool that has had this demand for this long."""
     return ScalingState(tuple(Sample(NOW - second, load, needed) for second in range(int(seconds), 0, -1)))
 
 
@@ -59,7 +59,7 @@ def test_a_queue_that_takes_longer_than_a_start(start_s: float, expected: int) -
     ("idle_s", "current", "expected", "reason"),
     [
         (IDLE, 0, 0, "idle"),
-        (10, 0, 0, "idle"),  # what was lost or given away while idle does not come back by itself
+        (10, 0, 0, "idle"),  # replicas that were lost or given away while idle do not come back by themselves
         (10, 1, 1, "kept warm until 300 s after the last request (the idle timeout)"),
         (299, 1, 1, "kept warm until 300 s"),
         (300, 1, 0, "idle for 300 s (the idle timeout)"),
@@ -97,7 +97,7 @@ def test_the_last_request_is_known_although_the_scheduler_has_lost_its_memory() 
 def test_a_pool_without_a_request_is_not_kept_warm_and_has_no_idle_time() -> None:
     first = decide(UNKNOWN, POLICY, 0, NEW, NOW)
     assert first.replicas == 0
-    # Something else has started an engine.
+    # Another process has started an engine.
     second = decide(UNKNOWN, POLICY, 1, first.state, NOW + 1)
     assert (second.replicas, second.reason) == (0, "no request yet")
     third = decide(Demand(1, 0, 0.0), POLICY, 0, second.state, NOW + 100)
@@ -123,7 +123,7 @@ def test_bounds(low: int, high: int, queued: int, idle_s: float, current: int, r
 
 
 def after(*gaps: float) -> ScalingState:
-    """A pool with these idle times behind it."""
+    """Return a pool with these past idle times."""
     history = IdleTimes()
     for gap in gaps:
         history = history.with_gap(gap)
@@ -155,7 +155,8 @@ def test_a_pool_that_is_woken_before_the_timeout_stays() -> None:
 
 
 def run(load: list[int], start: int = 0, policy: Policy = POLICY) -> list[int]:
-    """Replicas by second, for a demand by second that is met as far as there are slots, by replicas that are there at once."""
+    """Return the number of replicas by second, for a demand by second that is met as far as there are slots, by replicas that are ready at
+    once."""
     current, memory, seen, active = start, NEW, [], 0
     for second, work in enumerate(load):
         active = second if work else active
@@ -172,7 +173,7 @@ def test_a_day_in_the_life_of_a_pool() -> None:
     assert set(seen[5:65]) == {1}
     assert max(seen) == 4
     assert seen.index(4) - 65 < 30, "the flood is met within seconds"
-    assert set(seen[125:180]) == {4}, "for a minute it may come back"
+    assert set(seen[125:180]) == {4}, "the replicas stay for a minute, in case the flood returns"
     assert set(seen[260:324]) == {1}
     assert seen[-1] == 0
     assert seen.index(0, 100) - 325 in range(295, 305)

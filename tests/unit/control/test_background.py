@@ -1,4 +1,4 @@
-"""The engines that background work gets: by its deadlines, by what has gathered, and as long as it lasts."""
+"""The engines for background work: by its deadlines, by its amount, and for as long as it lasts."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -24,13 +24,13 @@ from tests.unit.control.test_autoscaler import after
 NOW = 10_000.0
 DAY_S = 86_400.0
 POLICY = Policy(min_replicas=0, max_replicas=4, idle_timeout_s=300, slots=4, worth_starts=10)
-#: A start takes 18 s, so 200 s of work are worth one.
+#: A start takes 18 s, so 200 s of work justify one.
 IDLE = Demand(0, 0, 10_000.0, start_s=18)
 NEW = ScalingState()
 
 
 def work(*dues: tuple[float, int, int], rate: float | None = 100.0, **facts: Any) -> Backlog:
-    """Work of (due in seconds, lines, tokens)."""
+    """Return work of (due in seconds, lines, tokens)."""
     return Backlog(tuple(Due(*due) for due in dues), tokens_per_s=rate, **facts)
 
 
@@ -177,7 +177,7 @@ def test_a_further_replica_is_not_started_again_and_again() -> None:
 def test_work_that_does_not_run_keeps_no_engine() -> None:
     pool, backlog = Pool(), work((DAY_S, 1000, 20_000))
     assert pool.tick(backlog).replicas == 1
-    assert pool.tick(backlog, 600).replicas == 1, "an engine may take long to start"
+    assert pool.tick(backlog, 600).replicas == 1, "an engine may start slowly"
     ready = replace(backlog, ready=1)
     assert pool.tick(ready).replicas == 1
     assert pool.tick(ready, STALLED_S - 1).replicas == 1
@@ -207,7 +207,7 @@ def test_without_a_job_runner_no_engine_starts_or_stays() -> None:
 
 class TestThroughput:
     def seen(self, per_s: float, *, running: int, ready: int = 1, seconds: int = 200, first: Throughput | None = None) -> Throughput:
-        """Return what was seen of engines that take so many tokens a second."""
+        """Return the observations of engines that generate this many tokens a second."""
         seen = first or Throughput()
         for second in range(seconds):
             seen = seen.observed(NOW + second, {"a": int(per_s * second)}, running=running, ready=ready, slots=4)

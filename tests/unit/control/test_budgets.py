@@ -1,4 +1,4 @@
-"""Which parts of limits per month are reported."""
+"""The parts of limits per month that are reported."""
 
 from datetime import UTC, date, datetime
 
@@ -43,7 +43,7 @@ def test_the_limits_that_hold(of: Owner, allowed: dict[str, int]) -> None:
     ],
 )
 def test_the_parts_that_were_used(tokens: int, picousd: int, found: list[tuple[str, int]]) -> None:
-    """Of 1,000 tokens and 20 micro-dollars."""
+    """The limits are 1,000 tokens and 20 micro-dollars."""
     notices = reached(owner(tokens=1000, budget=20), tokens, picousd, MONTH)
     assert [(notice.limit, notice.percent) for notice in notices] == found
     assert {notice.used for notice in notices if notice.limit == "budget_per_month"} <= {picousd // 10**6}

@@ -1,4 +1,4 @@
-"""Replicas of a machine that is taken away are killed when they do not end, with or without a database."""
+"""Replicas of a machine that shuts down are killed if they do not end, with or without a database."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""When an idle pool keeps an engine: histories, plans and their costs."""
+"""The time for which an idle pool keeps an engine: histories, plans and their costs."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def history(*gaps: float) -> IdleTimes:
 
 
 def cost(plan: IdlePlan, gaps: list[float], start_s: float = START, timeout_s: float = TIMEOUT) -> tuple[float, float]:
-    """What this plan really costs on these idle times: engine-seconds, and cold starts."""
+    """Return the real cost of this plan on these idle times: engine-seconds, and cold starts."""
     engine_s, cold = 0.0, 0
     for gap in gaps:
         engine_s += min(gap, plan.keep_s)
@@ -116,7 +116,7 @@ def test_what_was_stored_comes_back() -> None:
 
 def test_only_idle_times_are_remembered() -> None:
     idleness, now = Idleness(), 1000.0
-    # At each second: how long ago the last request was, and whether one runs.
+    # For each second: the time since the last request, and whether one runs.
     story = [(0.2, True), (0.2, True), (0.4, False), (50.4, False), (0.1, True), (0.1, True), (6.0, True), (0.1, True)]
     for step, (idle_s, busy) in enumerate(story):
         now += 50 if step == 3 else 1

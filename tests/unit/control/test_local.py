@@ -1,4 +1,4 @@
-"""Replicas as processes of this machine: which accelerators they get, and what a controller that comes anew knows of them."""
+"""Replicas as processes of this machine: their accelerators, and the knowledge of a controller that has just started."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.conditions import until
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A supervisor that only says what it sees, and sleeps: there is no database behind these tests."""
+    """Replace supervisors by a script that only prints its environment, and sleeps: these tests have no database."""
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\necho "keys=$LMAAS_OPERATOR_KEY$LMAAS_API_KEY."\necho "sees=$CUDA_VISIBLE_DEVICES"\nexec sleep 600\n')
     script.chmod(0o755)
@@ -30,7 +30,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """A machine that is said to have two accelerators and three CPUs; every provisioner of it is one that came anew."""
+    """A machine whose settings name two accelerators and three CPUs. Each of its provisioners starts without knowledge of the others."""
 
     def __init__(self, home: Path) -> None:
         self.settings = Settings(home=home, local_accelerators=2, local_cpus=3, zygote="off")
@@ -46,7 +46,7 @@ class Machine:
 
 @pytest.fixture
 async def machine(tmp_path: Path, stand_in: None) -> AsyncIterator[Machine]:
-    """The machine; nothing runs on it afterwards."""
+    """The machine; no process is left on it afterwards."""
     found, before = Machine(tmp_path), set(psutil.Process().children())
     yield found
     started = [child for child in psutil.Process().children() if child not in before]
@@ -67,7 +67,7 @@ async def test_each_replica_gets_accelerators_of_its_own(machine: Machine) -> No
     provisioner = machine.provisioner()
     assert await provisioner.capacity() == Resources(3, 2)
     await provisioner.start("rep_a", "mod_a", Resources(1, 1))
-    # A controller that comes anew knows what is taken.
+    # A controller that has just started knows which accelerators are taken.
     provisioner = machine.provisioner()
     await provisioner.start("rep_b", "mod_b", Resources(1, 1))
     await provisioner.start("rep_c", "mod_c", Resources(1, 0))
@@ -99,12 +99,12 @@ async def test_a_controller_that_dies_while_it_starts_one_gives_no_accelerator_t
         patched.setattr(subprocess, "Popen", killed_after_the_start)
         with pytest.raises(KeyboardInterrupt):
             await dying.start("rep_a", "mod_a", Resources(1, 1))
-    assert await sees(machine.settings, "rep_a") == "0", "it runs, and nobody knows its pid"
+    assert await sees(machine.settings, "rep_a") == "0", "it runs, but its pid was never recorded"
     provisioner = machine.provisioner()
     assert await provisioner.list() == {}
     await provisioner.start("rep_b", "mod_b", Resources(1, 1))
     assert await sees(machine.settings, "rep_b") == "1"
-    # Not for ever: it is written off, and ends.
+    # This ends when the replica is written off.
     monkeypatch.setattr(local, "MAY_BEGIN_S", 0.0)
     await provisioner.start("rep_c", "mod_c", Resources(1, 1))
     assert await sees(machine.settings, "rep_c") == "0"
@@ -153,7 +153,7 @@ async def test_a_pid_of_somebody_else_is_not_a_replica(machine: Machine) -> None
         (None, None, 2, ["0", "1"]),
         (1, None, 2, ["0"]),
         (8, None, 2, ["0", "1"]),
-        (2, None, 0, ["0", "1"]),  # not NVIDIA's: the operator says what is there
+        (2, None, 0, ["0", "1"]),  # not from NVIDIA, so the operator's number counts
         (None, "", 2, []),
         (None, "-1", 2, []),
         (None, "3, GPU-1f", 8, ["3", "GPU-1f"]),

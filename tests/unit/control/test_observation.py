@@ -1,4 +1,4 @@
-"""Which conditions hold of a replica, and since when."""
+"""The conditions of a replica, and the times since which they hold."""
 
 from datetime import UTC, datetime
 

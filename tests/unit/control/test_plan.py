@@ -24,7 +24,7 @@ def row(name: str, observed: Observed = Observed.READY, desired: Desired = Desir
 def observed(
     rows: list[Replica], processes: str, loads: Mapping[str, int] | None = None, began: Mapping[str, tuple[Condition, float]] | None = None
 ) -> Replicas:
-    """The replicas; `began` says of one which condition began when, instead of NOW. All that are ready send heartbeats."""
+    """Return the replicas. `began` replaces NOW as the time at which a condition of a replica began. All ready ones send heartbeats."""
     loads = {row.id: 0 for row in rows if row.observed == Observed.READY} | dict(loads or {})
     found = observe_replicas({}, rows, processes, loads, NOW)
     for name, (condition, at) in (began or {}).items():

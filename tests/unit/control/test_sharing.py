@@ -19,7 +19,7 @@ OLD = 1000.0
 
 
 def pool(name: str, wanted: int, *held: HeldReplica, **facts: object) -> PoolClaim:
-    """A pool that needs one CPU for each replica. One that wants what it has not, has requests that wait."""
+    """Return a pool that needs one CPU for each replica. If it wants more than it has, requests wait for it."""
     usual = {"queued": 1 if wanted > len(held) and not facts.get("ahead") else 0}
     return PoolClaim(**{"id": name, "name": name, "needs": ONE, "wanted": wanted, "held": held} | usual | facts)  # type: ignore[arg-type]
 
@@ -33,12 +33,12 @@ def busy(age_s: float = OLD, load: int = 1) -> HeldReplica:
 
 
 def lines(age_s: float = OLD) -> HeldReplica:
-    """A replica that runs background work only."""
+    """Return a replica that runs background work only."""
     return HeldReplica(f"lines-{age_s}", 0, age_s, background=4)
 
 
 def filled(name: str, wanted: int, *held: HeldReplica, **facts: object) -> PoolClaim:
-    """A pool of which only background work needs replicas, all of them by default."""
+    """Return a pool in which only background work needs replicas, all of them by default."""
     return pool(name, wanted, *held, **{"queued": 0, "background": wanted, "idle_s": OLD} | facts)
 
 
@@ -156,7 +156,7 @@ def test_a_place_is_kept_for_who_needs_more() -> None:
     small = pool("small", 1)
     waits = WaitingSince({"big": NOW - 10, "small": NOW - 5})
     pools = [big, small, pool("c", 1, busy(20)), pool("d", 0)]
-    # One CPU is free, and one is not: the big one has waited longer.
+    # One CPU is free, and one is not: the big pool has waited longer.
     shares, _ = share(Resources(2, 0), pools, waits, RULES, NOW)
     assert [shares[name].replicas for name in ("big", "small", "c")] == [0, 0, 1]
     shares, _ = share(Resources(2, 0), [big, small], waits, RULES, NOW)
@@ -167,7 +167,7 @@ def test_nobody_is_drained_in_vain() -> None:
     big = pool("big", 1, needs=Resources(2, 1))
     one = replace(pool("one", 1, idle()), needs=Resources(1, 0))
     other = replace(pool("other", 1, busy(5)), needs=Resources(1, 1))
-    # The idle one alone does not make enough room, and what it has is not what is missing most.
+    # The idle one alone does not free enough, and its resources are not the scarcest.
     shares, _ = share(Resources(2, 1), [big, one, other], WaitingSince(), RULES, NOW)
     assert [shares[name].replicas for name in ("one", "other")] == [1, 1]
     cpu_only = replace(pool("cpu", 1, idle()), needs=Resources(1, 0))
@@ -187,7 +187,7 @@ def test_waiting_begins_when_it_begins() -> None:
 
 
 def test_more_than_there_is_runs_already() -> None:
-    # The operator has made the machine smaller: nothing is started, and nobody is drained for it.
+    # The operator has made the machine smaller: no replica is started, and none is drained for it.
     pools = [pool("a", 1), pool("b", 2, busy(20), busy(20)), pool("c", 1, busy(20))]
     shares, _ = share(Resources(2, 0), pools, WaitingSince(), RULES, NOW)
     assert [shares[name].replicas for name in "abc"] == [0, 2, 1]
@@ -204,13 +204,13 @@ class Engine:
     ready_at: float
     made_at: float
     ends_at: float = math.inf
-    #: When each of its slots is free again.
+    #: The time at which each of its slots becomes free.
     slots: list[float] = field(default_factory=list)
 
 
 @dataclass
 class World:
-    """Pools with random demand on machines of so many CPUs, by the real policies, second by second."""
+    """Pools with random demand on machines with this many CPUs, by the real policies, second by second."""
 
     seed: int
     cpus: int = 2
@@ -223,7 +223,7 @@ class World:
         self.rng = random.Random(self.seed)
         self.names = [f"pool-{number}" for number in range(self.rng.randint(2, 5))]
         self.needs = {name: Resources(self.rng.choice([1, 1, 1, 2]), 0) for name in self.names}
-        # Seconds between two requests, and how long each runs: from always busy to now and then.
+        # Seconds between two requests, and the duration of each: from always busy to rarely.
         self.every = {name: 10 ** self.rng.uniform(-0.5, 2.5) for name in self.names}
         self.runs = {name: 10 ** self.rng.uniform(-0.5, 1.3) for name in self.names}
         self.engines: list[Engine] = []
@@ -237,7 +237,7 @@ class World:
         self.served = dict.fromkeys(self.names, 0)
 
     def run(self, seconds: int) -> None:
-        """Live through so much time, and watch what must never be."""
+        """Run for this time, and check the invariants."""
         for second in range(seconds):
             self.step(float(second))
             used = sum(self.needs[engine.pool].cpus for engine in self.engines)
@@ -268,7 +268,7 @@ class World:
         ready = [engine for engine in mine if engine.ready_at <= now]
         running = sum(len(engine.slots) for engine in self.engines if engine.pool == name)
         demand = Demand(len(self.queues[name]), running, now - self.active[name], self.runs[name], self.start_s)
-        # It fills what requests leave free.
+        # It fills the slots that requests leave free.
         filled = {id(engine): 2 - len(engine.slots) if self.backlog.dues else 0 for engine in ready}
         backlog = replace(self.backlog, running=sum(filled.values()), ready=len(ready))
         scale = decide(demand, Policy(0, 2, 300, 2), len(mine), self.state[name], now, backlog)
@@ -284,7 +284,7 @@ class World:
             for engine in mine
         ]
         leaving = sum(engine.pool == name for engine in self.engines) - len(mine)
-        # Watch how long a pool with requests is without a ready engine.
+        # Record how long a pool with requests is without a ready engine.
         if self.queues[name] and not ready:
             self.waiting_since.setdefault(name, now)
             self.longest_wait = max(self.longest_wait, now - self.waiting_since[name])
@@ -307,7 +307,7 @@ class World:
     def act(self, one: PoolClaim, replicas: int, now: float) -> None:
         mine = [engine for engine in self.engines if engine.pool == one.id and engine.ends_at == math.inf]
         for engine in sorted(mine, key=lambda engine: (len(engine.slots), engine.ready_at <= now, -engine.made_at))[: len(mine) - replicas]:
-            # It drains: what runs may end, within ten seconds.
+            # It drains: running requests may end, within ten seconds.
             engine.ends_at = now + min(10.0, max([end - now for end in engine.slots], default=0.0)) + 1
             self.drains.append(now)
         for _ in range(replicas - len(mine)):
@@ -319,11 +319,11 @@ def test_a_day_on_full_machines(seed: int) -> None:
     world = World(seed)
     seconds = 3600
     world.run(seconds)
-    # Whoever waits is served after each other pool has had its quantum, with its drain and its start.
+    # A waiting pool is served after each other pool has had its quantum, with its drain and its start.
     bound = len(world.names) * (RULES.quantum_s + 11 + 2 * world.start_s + RULES.starvation_s)
     assert world.longest_wait <= bound
     assert all(world.served.values())
-    # No replica is drained before it has been there for a while, and on two CPUs there are two at most.
+    # No replica is drained before it has run for a while, and on two CPUs there are two at most.
     assert len(world.drains) <= 2 * seconds / (15 + world.start_s) + 2
 
 
@@ -337,7 +337,7 @@ def test_background_work_keeps_no_request_waiting_for_a_machine(seed: int, due_s
     bound = len(beside.names) * (RULES.quantum_s + 11 + 2 * beside.start_s + RULES.starvation_s)
     assert beside.longest_wait <= bound
     assert all(beside.served.values())
-    # As many requests are served as without it, up to what its engines need to give way.
+    # Requests are served as without background work, except for the time in which its engines give way.
     assert sum(beside.served.values()) >= 0.95 * sum(alone.served.values())
 
 

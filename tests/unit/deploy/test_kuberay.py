@@ -1,8 +1,8 @@
-"""deploy/kuberay against the schemas of its kinds, and against our own settings, versions and labels.
+"""deploy/kuberay against the schemas of its kinds, and against the settings, versions and labels of lmaas.
 
 Kubernetes' own kinds are checked strictly against Kubernetes' schemas (kubernetes-validate ships them). No package ships the schema of
-RayCluster: what we use of it is written down here, from KubeRay's CRD (`ray.io_rayclusters.yaml`, v1), with unknown fields refused, and its
-pod templates are checked as pods. `LMAAS_TEST_RAYCLUSTER_CRD=<that file>` checks against the CRD itself.
+RayCluster: this module contains the part of it that lmaas uses, from KubeRay's CRD (`ray.io_rayclusters.yaml`, v1), with unknown fields
+refused, and its pod templates are checked as pods. `LMAAS_TEST_RAYCLUSTER_CRD=<that file>` checks against the CRD itself.
 """
 
 import json
@@ -76,18 +76,18 @@ RAYCLUSTER = {
 
 
 def objects() -> list[dict[str, Any]]:
-    """Everything that `kubectl apply -f deploy/kuberay` makes."""
+    """Return everything that `kubectl apply -f deploy/kuberay` creates."""
     return [found for path in sorted(FOLDER.glob("*.yaml")) for found in yaml.safe_load_all(path.read_text())]
 
 
 def one(kind: str, name: str) -> dict[str, Any]:
-    """The object of this kind and name."""
+    """Return the object of this kind and name."""
     (found,) = [each for each in objects() if (each["kind"], each["metadata"]["name"]) == (kind, name)]
     return found
 
 
 def templates() -> list[dict[str, Any]]:
-    """The pods that are made."""
+    """Return the templates of the pods that are created."""
     cluster = one("RayCluster", "lmaas")["spec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [each["spec"]["template"] for each in objects() if each["kind"] in ("Deployment", "Job")] + [
@@ -96,7 +96,7 @@ def templates() -> list[dict[str, Any]]:
 
 
 def containers() -> list[dict[str, Any]]:
-    """Of all pods."""
+    """Return the containers of all pods."""
     return [each for pod in templates() for each in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]]
 
 
@@ -117,7 +117,7 @@ def test_the_ray_cluster() -> None:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with unknown fields refused, as the API server prunes them."""
+    """Return the schema with unknown fields refused, as the API server prunes them."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):

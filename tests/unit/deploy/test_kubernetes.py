@@ -1,4 +1,4 @@
-"""deploy/kubernetes against Kubernetes' schemas (strictly), our settings, and rules for pods without privileges."""
+"""deploy/kubernetes against Kubernetes' schemas (strictly), the settings of lmaas, and rules for pods without privileges."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ SECRET_KEYS = {
 
 OBJECTS = [found for path in sorted(FOLDER.rglob("*.yaml")) for found in yaml.safe_load_all(path.read_text())]
 WORKLOADS = [each for each in OBJECTS if each["kind"] in ("Deployment", "StatefulSet", "Job")]
-#: The containers that run on and on.
+#: The containers that run all the time.
 SERVING = [
     (each["metadata"]["name"], container)
     for each in WORKLOADS
@@ -111,7 +111,7 @@ def test_every_pod_has_a_policy_of_the_network() -> None:
 def test_settings_are_ours(component: str) -> None:
     [container] = [each for each in CONTAINERS if each["name"] == component]
     given = {each["name"]: each.get("value", "") for each in container["env"]}
-    # What the cluster fills in.
+    # Values that the cluster fills in.
     given |= {name: "10.0.0.1" for name in given if name == "LMAAS_ENGINE_HOST"} | {
         name: "8" for name in given if name == "LMAAS_LOCAL_CPUS"
     }

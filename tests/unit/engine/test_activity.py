@@ -1,4 +1,4 @@
-"""Telling a slow process from one that stands still."""
+"""The distinction between a slow process and one that stands still."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ NOTHING = Activity()
     ("later", "moves"),
     [
         (NOTHING, False),
-        (Activity(wanted_s=LEAST_S / 2), False),  # it looked at a clock
-        (Activity(wanted_s=LEAST_S), True),  # it waits for a processor
+        (Activity(wanted_s=LEAST_S / 2), False),  # it read a clock
+        (Activity(wanted_s=LEAST_S), True),  # it waits for a CPU
         (Activity(used_s=LEAST_S, wanted_s=LEAST_S), True),
         (Activity(faults=100), True),
         (Activity(read_bytes=1 << 20), True),
@@ -33,11 +33,11 @@ def test_progress_is_work_or_the_wish_to_work(later: Activity, moves: bool) -> N
 def test_a_standstill_is_measured_from_the_last_progress() -> None:
     standstill = Standstill()
     looks = [
-        # stage, processor time, when; then for how long it stands still, and what the stage has used
+        # stage, CPU time, time; then the time for which it stands still, and the CPU time of the stage
         (1, 0.0, 100.0, 0.0, 0.0),
         (1, 0.0, 103.0, 3.0, 0.0),
         (1, 0.01, 106.0, 6.0, 0.01),
-        (1, 0.01, 1006.0, 6.0 + MAX_GAP_S, 0.01),  # there was no look in between
+        (1, 0.01, 1006.0, 6.0 + MAX_GAP_S, 0.01),  # no observation in between
         (1, 0.2, 1007.0, 0.0, 0.2),
         (1, 0.2, 1008.0, 1.0, 0.2),
         (2, 0.2, 1009.0, 0.0, 0.0),

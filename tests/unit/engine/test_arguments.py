@@ -1,4 +1,4 @@
-"""What a base model may set of its engine's command line."""
+"""The arguments of its engine's command line that a base model may set."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_what_may_be_set(text: str) -> None:
         *("--enable-log-requests", "--enable-log-outputs", "--otlp-traces-endpoint x", "--max-log-len 5", "--kv-events-config {}"),
         # Other weights and templates.
         *("--tokenizer x", "--revision x", "--hf-overrides {}", "--hf-overrides.a 1", "--chat-template x", "--lora-modules a=b"),
-        # Where it listens, and what we say ourselves.
+        # Addresses, and arguments that lmaas sets itself.
         *("--grpc", "--api-server-count 2", "--host=0.0.0.0", "--port 1", "--no-enable-lora", "--model x", "--uds x", "--headless"),
         # Other spellings.
         *("--enforce-eag", "--gpu-mem 0.5", "-tp 2", "-O3", "-q x", "--attention-config.backend x", "--enforce-eager.x 1", "--", "-"),

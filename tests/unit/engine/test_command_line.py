@@ -14,7 +14,7 @@ def spec(kind: PoolKind, extra_args: str = "", linears: dict[str, list[int]] | N
 
 
 def options(spec: EngineSpec) -> dict[str, str]:
-    """The options and their values; an empty one for a switch."""
+    """Return the options and their values; an empty value for a switch."""
     words = command_line(spec, 1)[3:]
     after = [*words[1:], "--"]
     return {word: "" if following.startswith("--") else following for word, following in zip(words, after, strict=True) if word[:2] == "--"}

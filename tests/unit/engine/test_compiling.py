@@ -1,4 +1,4 @@
-"""A compilation that never ends is seen from outside its process."""
+"""Detecting from outside its process that a compilation never ends."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from tests.support.conditions import until
     ("wall_s", "cpu_s", "stands_still"),
     [
         *((0.1, 0.1, False), (9.0, 9.0, False), (11.0, 10.5, True)),
-        # A machine without time for it, or a thread that waits for another.
+        # The process gets no CPU time, or the thread waits for another one.
         *((59.0, 2.0, False), (61.0, 2.0, True), (61.0, 0.0, True)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which dtype an engine computes in, and who decides that."""
+"""The dtype in which an engine computes, and the process that chooses it."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def spec(dtype: str) -> EngineSpec:
         ("auto", True, True, {"dtype": "bfloat16"}, "float32", "float32"),
         ("auto", False, True, {"dtype": "float16"}, "float16", "float16"),
         ("auto", False, True, {"torch_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
-        # A gateway's image has no engine, and must not decide for machines that it does not know.
+        # A gateway's image has no engine, and must not choose for machines that it does not know.
         ("auto", False, False, {"dtype": "bfloat16"}, "auto", None),
         ("bfloat16", True, True, {}, "bfloat16", "bfloat16"),
         ("float32", False, False, {}, "float32", "float32"),

@@ -1,4 +1,4 @@
-"""What an engine gets to know of us."""
+"""The environment variables that an engine receives."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_no_credentials_of_our_servers_and_stores(monkeypatch: pytest.MonkeyPatc
     assert SECRET not in found.values()
     assert found["HF_TOKEN"] == "for models"
     monkeypatch.delenv("HF_TOKEN")
-    # Whoever asks the zygote may have them, and the zygote not.
+    # A client of the zygote may have these variables that the zygote lacks.
     assert wire.difference(before, wire.facts(shared_environment())) == ""
 
 

@@ -1,4 +1,4 @@
-"""What a base model's files say about its kind and its context."""
+"""The kind and the context that a base model's files declare."""
 
 import json
 from pathlib import Path
@@ -112,7 +112,7 @@ ABSOLUTE = {"max_position_embeddings": 514, "position_embedding_type": "absolute
         (ABSOLUTE, {"tokenizer_config": {"model_max_length": 512}}, EMBED, 512),
         (ABSOLUTE, {"tokenizer_config": {"model_max_length": 10**30}}, EMBED, 514),
         (ABSOLUTE, {"tokenizer_config": {"model_max_length": 512}, "sentence_bert_config": {"max_seq_length": 256}}, EMBED, 256),
-        # A rotary model that was trained on more than its tokenizer's file says.
+        # A rotary model that was trained on more than its tokenizer's file states.
         (
             {"max_position_embeddings": 2048, "position_embedding_type": "rotary"},
             {"tokenizer_config": {"model_max_length": 512}, "sentence_bert_config": {"max_seq_length": 8192}},

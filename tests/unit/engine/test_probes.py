@@ -1,4 +1,4 @@
-"""What a supervisor takes for the answer of an engine that embeds."""
+"""The responses of an embedding engine that a supervisor accepts."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ def answer(vector: str) -> bytes:
 
 
 class Answers:
-    """In place of a connection to an engine: one response for every request, which is noted."""
+    """A replacement for the connection to an engine: one response for every request, which is recorded."""
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status, self.body = status, body
@@ -31,7 +31,7 @@ class Answers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """The response is over."""
+        """End the response."""
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ async def test_a_vector_is_a_proof(engine: Callable[[int, bytes], Answers]) -> N
 
 @pytest.mark.parametrize("vector", ["[]", "[NaN, 1.0]", "[1.0, Infinity]", "[1e999]"])
 async def test_a_vector_without_a_meaning_is_none(engine: Callable[[int, bytes], Answers], vector: str) -> None:
-    """As float16 overflows in a model that was trained in a wider type."""
+    """float16 overflows like this in a model that was trained in a wider type."""
     engine(200, answer(vector))
     with pytest.raises(EngineError, match="not finite"):
         await EngineClient().embed_token("http://e", "m", "probe_1", 1)

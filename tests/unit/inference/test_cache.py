@@ -1,4 +1,4 @@
-"""Answers that are good for a moment, and longer while the database is away."""
+"""Short-lived cached reads, which are used for longer while the database is away."""
 
 import asyncio
 
@@ -86,7 +86,7 @@ async def test_none_is_not_kept_and_ends_what_was_known() -> None:
     del source.answers["k"]
     assert await cache.get("k") is None
     source.error = Unavailable("away")
-    with pytest.raises(Unavailable):  # no grace for what is known to be gone
+    with pytest.raises(Unavailable):  # no grace for entries that are known to be gone
         await cache.get("k")
 
 
@@ -106,7 +106,7 @@ async def test_one_question_at_a_time_for_each_key() -> None:
     cache = source.cache()
     waiting = [asyncio.create_task(cache.get(key)) for key in ("k", "k", "other", "k")]
     await asyncio.sleep(0)
-    waiting[0].cancel()  # whoever asked first goes away: the others still get the answer
+    waiting[0].cancel()  # the first caller is cancelled: the others still get the value
     await asyncio.sleep(0)
     source.gate.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -186,10 +186,10 @@ async def test_for_a_database_that_hangs_known_keys_wait_once(monkeypatch: pytes
         await until(lambda: not cache.pending, every_s=0.01)
         monkeypatch.setattr(module, "KNOWN_WAIT_S", 15.0)
         source.now += 15
-        async with asyncio.timeout(10):  # asked for again, but not waited for
+        async with asyncio.timeout(10):  # read again in the background, without waiting
             assert [await cache.get("k"), await cache.get("l")] == ["v", "w"]
         assert source.asked == ["k", "l", "k", "k", "l"]
-        source.now += 60  # too old to go without
+        source.now += 60  # too old to use without the database
         with pytest.raises(Unavailable):
             await cache.get("k")
     finally:
@@ -204,7 +204,7 @@ async def test_after_an_outage_the_truth_is_waited_for_again(monkeypatch: pytest
     source.error = Unavailable("away")
     assert await cache.get("k") == "v"
     source.now += 2
-    # One answer says that the database is back; so does the time in which nobody asked.
+    # One read shows that the database is back; so does the time without any read.
     source.error, source.answers = None, {"k": "new", "l": "new"}
     await cache.get("k")
     await until(lambda: not cache.pending, every_s=0.01)
@@ -227,7 +227,7 @@ async def test_what_changed_after_an_outage_is_waited_for() -> None:
     assert await cache.get("k") == "v"
     source.now += 2
     source.error = None
-    await source.changes.look()  # it is back, and nothing has changed: nobody has to ask for the key
+    await source.changes.look()  # it is back, and nothing has changed: the key need not be read again
     assert await cache.get("k") == "v"
     source.now += 2
     source.answers, source.number = {}, 2  # the key is revoked
@@ -322,7 +322,7 @@ async def test_what_was_asked_while_a_change_was_made_is_asked_again() -> None:
     await until(lambda: source.asked == ["k"], every_s=0)
     source.now += 0.1
     source.number = 2
-    await source.changes.look()  # the answer that is on its way may be from before
+    await source.changes.look()  # the value that is being read may be older
     source.gate.set()
     assert await waiting == "old"
     source.answers["k"] = "new"

@@ -1,4 +1,4 @@
-"""What an engine's error means to a client, in vLLM 0.32's own words."""
+"""The translation of an engine's errors for clients, from the texts of vLLM 0.32."""
 
 import json
 from typing import Any
@@ -82,9 +82,9 @@ def test_a_limit_that_is_too_high(name: str) -> None:
         ("Stop options", "body.stop", "stop"),
         ("assistant tool_calls entries must be objects.", "tool_calls", "messages"),
         ("Invalid value for `function`", "tool_choice.function.name", "tool_choice"),
-        # A name of the engine's own is not the client's.
+        # The engine's own parameter names are not shown to clients.
         ("Something about a token", "engine_core.x", None),
-        # What the client wrote, told back, decides nothing.
+        # A client's own text, quoted in the message, does not decide the code.
         ("'max_model_len context length grammar schema' is odd", None, None),
     ],
 )

@@ -6,7 +6,7 @@ from lmaas.inference.schemas import depth
 
 
 def deep(levels: int) -> dict[str, Any]:
-    """A schema that is nested."""
+    """Return a schema that is nested this deep."""
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(levels):
         schema = {"items": schema}

@@ -14,7 +14,7 @@ def test_the_number_of_prompts_is_limited() -> None:
     with pytest.raises(OverLimit) as caught:
         readings.begin(10.0)
     assert (caught.value.error_code, caught.value.retry_after_s) == ("too_many_token_counts", WINDOW_S - 10.0)
-    # The first has left the minute.
+    # The first is older than a minute.
     readings.begin(WINDOW_S)
     with pytest.raises(OverLimit):
         readings.begin(WINDOW_S)

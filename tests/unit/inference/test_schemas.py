@@ -1,4 +1,4 @@
-"""The form of schemas: what is refused before an engine or a chat template sees it."""
+"""The form of schemas: refusals before an engine or a chat template reads them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a waiting stream is told: its position, and how long it will probably wait."""
+"""The comments in a waiting stream: its position, and its estimated wait."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What follows from the error of a run, and the log of a run's events."""
+"""The consequences of a run's error, and the log of a run's events."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""When a runner may declare others lost."""
+"""The times at which a runner may declare others lost."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What follows from the end of an attempt of a line."""
+"""The consequences of the end of an attempt of a line."""
 
 import pytest
 

@@ -43,10 +43,10 @@ def test_the_large_lines_of_one_tenant_leave_room_for_others() -> None:
     held = HeldLines(2 * LARGE, 2 * LARGE)
     assert [held.has_room(make(held, "a", number)) for number in range(3)] == [True, True, False]
     assert held.has_room(make(held, "b", 0))
-    assert not held.has_room(make(held, "b", 1)), "only the first one"
+    assert not held.has_room(make(held, "b", 1)), "only the first one fits"
     assert held.has_room(make(held, "a", 9, pool="another")), "another pool of the same tenant"
-    assert not held.has_room(make(held, "c", 0)), "that has a bound, too"
-    assert all(held.has_room(make(held, "d", number, LARGE_BYTES)) for number in range(100)), "small ones always"
+    assert not held.has_room(make(held, "c", 0)), "this limit applies, too"
+    assert all(held.has_room(make(held, "d", number, LARGE_BYTES)) for number in range(100)), "small ones always fit"
 
 
 def test_lines_without_room_do_not_count_as_waiting_for_an_engine() -> None:

@@ -1,4 +1,4 @@
-"""Whose lines are leased next."""
+"""The order in which lines are leased."""
 
 from datetime import UTC, datetime
 
@@ -21,14 +21,14 @@ def offer(tenant: str, batch: str, pending: int, left_s: float = 80_000) -> Offe
         ([offer("a", "1", 3)], 5, {}, {("a", "1"): 3}),
         # Each tenant gets the same, however many batches it has.
         ([offer("a", "1", 90), offer("a", "2", 90), offer("b", "3", 90)], 10, {}, {("a", "1"): 5, ("b", "3"): 5}),
-        # What one tenant does not need, the others get.
+        # The others get the part that one tenant does not need.
         ([offer("a", "1", 2), offer("b", "2", 90), offer("c", "3", 90)], 12, {}, {("a", "1"): 2, ("b", "2"): 5, ("c", "3"): 5}),
-        # A tenant's batches by deadline.
+        # A tenant's batches go by deadline.
         ([offer("a", "late", 90, 9_000), offer("a", "soon", 3, 8_000)], 5, {}, {("a", "soon"): 3, ("a", "late"): 2}),
         # The odd one goes to the tenant that had the fewest.
         ([offer("a", "1", 9), offer("b", "2", 9)], 1, {"a": 4, "b": 3}, {("b", "2"): 1}),
         ([offer("a", "1", 9), offer("b", "2", 9)], 3, {"b": 3}, {("a", "1"): 2, ("b", "2"): 1}),
-        # Those near their deadline first, and among them the nearest.
+        # Batches near their deadline come first, and among them the nearest.
         (
             [offer("a", "1", 90), offer("b", "2", 4, URGENT_S - 1), offer("c", "3", 2, 60)],
             8,

@@ -1,4 +1,4 @@
-"""Load tests run beside the control plane alone: without an engine and without Ray."""
+"""Load tests run with the control plane alone: without an engine and without Ray."""
 
 import re
 import subprocess

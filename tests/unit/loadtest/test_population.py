@@ -1,4 +1,4 @@
-"""Who asks for what."""
+"""The tenants and the models of requests."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Our tables are the first of the report, with percentiles and errors by code."""
+"""lmaas's tables are the first of the report, with percentiles and errors by code."""
 
 from typing import Any
 

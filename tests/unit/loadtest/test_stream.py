@@ -8,14 +8,14 @@ from loadtest.stream import Stream
 
 
 def event(content: str | None = None, usage: int | None = None) -> bytes:
-    """A chunk as a service sends it."""
+    """Return a chunk as a service sends it."""
     choices = [] if usage is not None else [{"index": 0, "delta": {"role": "assistant"} if content is None else {"content": content}}]
     tokens = None if usage is None else {"prompt_tokens": 9, "completion_tokens": usage}
     return b"data: " + json.dumps({"choices": choices, "usage": tokens}).encode()
 
 
 def read(*lines: tuple[float, bytes]) -> Stream:
-    """A stream that was sent at 100 s and had these lines."""
+    """Return a stream that was sent at 100 s and had these lines."""
     stream = Stream(sent_at=100.0)
     for now, line in lines:
         stream.read(line, now)
@@ -36,7 +36,7 @@ def test_the_first_token_is_the_first_with_text() -> None:
     )
     assert stream.ttft_s == 3.0
     assert stream.gaps_s == [0.25, 0.75]
-    # Four tokens in three events: the engine's count is the truth.
+    # Four tokens in three events: the engine's count is right.
     assert (stream.tokens, stream.tokens_per_s) == (4, 3.0)
     assert stream.done
     assert stream.error is None

@@ -1,4 +1,4 @@
-"""Adapters of load tests are what PEFT saves, without the library of the format."""
+"""Adapters of load tests are files that the service reads, written without the library of the format."""
 
 from pathlib import Path
 

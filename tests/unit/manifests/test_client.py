@@ -1,4 +1,4 @@
-"""The client of the management API: what it refuses to send, and answers that are not the service's."""
+"""The client of the management API: requests that it refuses to send, and responses of other servers."""
 
 import json
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""The changes of a plan are made in order, and a failure says what was done before."""
+"""The changes of a plan are made in order, and an error reports the changes before it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ def bot(version: int, *, pinned: bool) -> Change:
 
 
 class Service(ApiClient):
-    """A client whose answers are given, by operation; `upload` for uploads. A missing one is an empty answer."""
+    """A client with fixed responses by operation, and `upload` for uploads. A missing one is an empty response."""
 
     def __init__(self, **answers: Any) -> None:
         super().__init__("http://127.0.0.1:1", "")
@@ -47,7 +47,7 @@ class Service(ApiClient):
         body: Mapping[str, Any] | None = None,
         query: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Answer a request."""
+        """Return the operation's response."""
         assert query is None
         self.calls.append((operation.id, dict(path), body))
         answer: dict[str, Any] = self._answer(operation.id)
@@ -59,7 +59,7 @@ class Service(ApiClient):
         return self
 
     def upload(self, name: str, base_model: str, folder: Path, *, activate: bool = True, **_: Any) -> dict[str, Any]:
-        """Answer an upload."""
+        """Return the response to an upload."""
         self.calls.append(("upload", name, base_model, folder, activate))
         answer: dict[str, Any] = self._answer("upload")
         return answer
@@ -106,7 +106,7 @@ REFUSED = ApiError(503, "The adapter store is away.", "object_store_unavailable"
             "adapter acme/bot: bot/adapter_model.safetensors: Input/output error.",
             "Done before: tenant acme created.",
         ),
-        # Of a pinned version, another upload at the same time must not take the place.
+        # Another upload at the same time must not replace a pinned version.
         (
             [bot(2, pinned=True)],
             {"upload": {"version": 3}},
@@ -129,7 +129,7 @@ def test_an_upload_that_is_live_at_once_may_have_another_number() -> None:
 
 
 class Keys(Service):
-    """A service at which these keys work."""
+    """A service at which these keys are valid."""
 
     def __init__(self, *keys: str) -> None:
         super().__init__(create_key={"key": "new"})

@@ -1,4 +1,4 @@
-"""The plan: what applying manifests would change, without a service."""
+"""The plan: the changes that applying manifests would make, without a service."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +38,7 @@ def bot(folder: Path | None = FOLDER, version: int | None = None, **other: Any) 
 def observed(
     adapters: Mapping[str, KnownAdapter] | None = None, content: str | None = "new", before: Any = USUAL, after: Any = USUAL, **other: Any
 ) -> Observed:
-    """A service with the base model `base` and the tenant `acme`, whose settings are these before and after."""
+    """Return a service with the base model `base` and the tenant `acme`, whose settings are these before and after."""
     contents = {} if content is None else {("acme", "bot"): content}
     known = {} if before is None else {"acme": {"id": "ten_1"} | before}
     there = {"acme": adapters or {}} if before is not None else {}
@@ -50,7 +50,7 @@ def known(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
 
 
 def own(live: int | None, *contents: str) -> dict[str, KnownAdapter]:
-    """The same, where the tenant itself made the version live."""
+    """Return the same, where the tenant itself made the version live."""
     return {"bot": replace(known(live, *contents)["bot"], is_tenants=True)}
 
 
@@ -137,7 +137,7 @@ def test_base_models_come_first_and_go_back_to_their_defaults() -> None:
         (bot(), known(1, "old", "new"), Outcome.UNCHANGED, [], []),
         (bot(), known(2, "new", "own"), Outcome.UNCHANGED, [], []),
         (bot(), known(1, "new", "new"), Outcome.UNCHANGED, [], []),
-        # New content does not replace what the tenant itself made live.
+        # New content does not replace a version that the tenant itself made live.
         (bot(), own(1, "own"), Outcome.CHANGED, [upload(2, activate=False)], [FieldChange("latest version", 1, 2)]),
         (bot(), own(1, "own", "old"), Outcome.CHANGED, [upload(3, activate=False)], [FieldChange("latest version", 2, 3)]),
         (bot(), own(1, "own", "new"), Outcome.UNCHANGED, [], []),

@@ -1,4 +1,4 @@
-"""Manifests: what is read, and what is refused before the service is asked."""
+"""Manifests: their contents, and the refusals that need no service."""
 
 import os
 from pathlib import Path
@@ -242,7 +242,7 @@ def test_what_is_no_folder_of_manifests_is_said(folder: str, complaint: str) -> 
 
 
 def test_a_folder_that_may_not_be_entered_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests may run as a user who may enter every folder, so the system's answer is given."""
+    """Tests may run as a user who may enter every folder, so the test replaces the system's error."""
     adapter = write_adapter(tmp_path / "adapter")
     path = write(tmp_path, "a.yaml", "name: a\nadapters: [{name: b, base_model: c, path: adapter}]")
     is_dir = Path.is_dir

@@ -20,7 +20,7 @@ ACME_BOT = Consumer("ten_a", "acme", "base", "bot")
 ACME = Consumer("ten_a", "acme", "base", None)
 GLOBEX = Consumer("ten_g", "globex", "base", "bot")
 NOBODY = Consumer(None, None, "base", None, None)
-#: The background work of the same.
+#: The background work of the same tenants.
 ACME_LATER, GLOBEX_LATER = replace(ACME, work=WorkClass.BACKGROUND), replace(GLOBEX, work=WorkClass.BACKGROUND)
 
 

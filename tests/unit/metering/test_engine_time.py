@@ -84,7 +84,7 @@ def test_the_sum_is_the_time_that_has_passed(
         now += wait_s
         meter.observe(now, phase=phase, price=price)
         assert sum(meter.spans.values()) == meter.total_ms == int((now - start) * 1000)
-        # What was written once never shrinks, so an older write does no harm.
+        # Written values never shrink, so an older write does no harm.
         assert all(meter.spans[span] >= ms for span, ms in before.items())
         before = dict(meter.spans)
     first_ms = round(launched_at.timestamp() * 1000)

@@ -1,4 +1,4 @@
-"""What a request costs its tenant."""
+"""The charge of a request."""
 
 import json
 
@@ -23,7 +23,7 @@ PRICES = Prices(prompt=150_000, cached=15_000, completion=600_000)
         (0, 0, 1, 600_000),
         (1000, 128, 50, 872 * 150_000 + 128 * 15_000 + 50 * 600_000),
         (1_000_000, 0, 0, 150_000 * 10**6),
-        (3, 5, 0, 3 * 15_000),  # an engine's nonsense is no credit
+        (3, 5, 0, 3 * 15_000),  # an engine's invalid counts do not become a credit
     ],
 )
 def test_tokens_times_price(prompt: int, cached: int, completion: int, picousd: int) -> None:

@@ -1,4 +1,4 @@
-"""Answers in the forms that only some clients ask for."""
+"""Forms of responses that only some clients use."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""An answer of every protocol has one form: a stream, or one piece."""
+"""Each response of every protocol has one of two forms: a stream, or one piece."""
 
 from typing import Any
 

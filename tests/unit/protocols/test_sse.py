@@ -1,4 +1,4 @@
-"""The bytes of a stream, against the same thing done with JSON."""
+"""The bytes of a stream, compared with the same changes made with JSON."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ def rewriter(**more: Any) -> Rewriter:
 
 
 def collect(chunks: list[bytes], **more: Any) -> list[bytes]:
-    """The events that a client gets of these chunks."""
+    """Return the events that a client receives for these chunks."""
     rewrite = rewriter(**more)
     out = b"".join([*(rewrite.feed(chunk) for chunk in chunks), rewrite.close()])
     assert out == b"" or out.endswith(b"\n\n")
@@ -30,7 +30,7 @@ FACTS = {"service_tier": "default", "system_fingerprint": "fp_1"}
 
 
 def with_facts(value: dict[str, Any], asked: str) -> dict[str, Any]:
-    """The value with the client's name and the facts after it, in order, and without the engine's own."""
+    """Return the value with the client's name and the facts after it, in order, and without the engine's own."""
     found: dict[str, Any] = {}
     for key, item in value.items():
         if key not in FACTS:
@@ -109,7 +109,7 @@ USAGE = st.fixed_dictionaries(
 
 
 def written(event: dict[str, Any]) -> bytes:
-    """As vLLM writes it."""
+    """Return the bytes that vLLM writes for an event."""
     return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -204,7 +204,7 @@ def counted(usage: dict[str, Any] | None) -> tuple[int, int, int] | None:
 
 
 def piece(number: int, **more: Any) -> bytes:
-    """An event with the usage so far."""
+    """Return an event with the usage so far."""
     usage = {"prompt_tokens": 7, "total_tokens": 7 + number, "completion_tokens": number, "completion_tokens_details": None}
     choice = {"index": 0, "delta": {"content": f"t{number}"}, "logprobs": None, "finish_reason": None} | more
     return written({"id": "1", "model": ENGINE, "choices": [choice], "usage": usage}) + b"\n\n"
@@ -243,7 +243,7 @@ def test_the_running_usage_is_read_when_somebody_asks() -> None:
         assert b'"model":"m"' in out
         assert counted(rewrite.usage) == (7, number, 0)
     rewrite.feed(piece(4)[:-1])
-    assert counted(rewrite.usage) == (7, 3, 0)  # it is not whole yet
+    assert counted(rewrite.usage) == (7, 3, 0)  # it is not complete yet
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
@@ -260,7 +260,7 @@ def test_an_answer_in_one_piece_is_rewritten_as_json_would(
     text: str, asked: str, usage: dict[str, Any] | None, reason: str, spaced: bool, facts: bool, own: bool
 ) -> None:
     answer: dict[str, Any] = WHOLE | {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
-    # As vLLM writes them.
+    # The fields that vLLM writes.
     said: dict[str, Any] = {"service_tier": None, "system_fingerprint": "vllm-0.32.0-1a2b"} if own else {}
     answer = answer | said | {"usage": usage, "kv_transfer_params": None}
     sent = json.dumps(answer, ensure_ascii=False, separators=None if spaced else (",", ":")).encode()
@@ -304,7 +304,7 @@ def test_nonsense_is_a_value_error() -> None:
 def test_several_choices_are_counted_together(
     n: int, chunks: list[tuple[int, int, int]], prompt_tokens: int, completion_tokens: int
 ) -> None:
-    # vLLM's continuous usage is each choice's own; only its last chunk is about all.
+    # vLLM's continuous usage is each choice's own; only its last chunk covers all of them.
     rewriter = Rewriter("e", "m", include_usage=False, continuous_usage=False, n=n)
     for index, prompt, completion in chunks:
         usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}

@@ -85,7 +85,7 @@ def test_links_resolve(address: str) -> None:
 def test_pages_load_nothing_but_their_style_and_run_nothing(address: str) -> None:
     page = PARSED[address]
     assert page.loaded == ["/docs/style.css"]
-    # What may be wider than the window can be scrolled with the keyboard.
+    # Elements that may be wider than the window can be scrolled with the keyboard.
     assert len(re.findall(r'<div class="wide"|<pre', PAGES[address])) == len(
         re.findall(r'<div class="wide" tabindex="0"|<pre tabindex="0"', PAGES[address])
     )
@@ -119,7 +119,7 @@ def test_the_api_reads_the_examples(place: Place) -> None:
 
 @dataclass
 class Sent:
-    """A request as an example makes it."""
+    """A request that an example makes."""
 
     method: str = ""
     path: str = ""
@@ -263,7 +263,7 @@ def test_pages_are_small() -> None:
 
 
 def test_examples_show_no_markup_in_their_text() -> None:
-    """What a person copies from the page is the example."""
+    """The text that a person copies from the page is the example."""
     page = PAGES["/docs/keys"]
     shown = [
         re.sub(r"&#34;", '"', block).replace("&#39;", "'") for block in re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", page, re.DOTALL)

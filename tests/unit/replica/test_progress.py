@@ -1,4 +1,4 @@
-"""What is left of a start, and when it has failed."""
+"""The remaining time of a start, and the time at which it has failed."""
 
 from typing import cast
 
@@ -21,7 +21,7 @@ from tests.support.clocks import Clock
         (0.0, 50.0, 100_000.0, ""),  # slow, but it makes progress
         (0.0, 599.0, 601.0, ""),
         (0.0, 601.0, 601.0, "not ready within 600 s, in which it used 601 s of processor time"),
-        (0.0, 5000.0, 300.0, ""),  # many processors at once
+        (0.0, 5000.0, 300.0, ""),  # many CPUs at once
     ],
 )
 def test_a_start_fails_without_progress_and_not_by_the_clock(still_s: float, used_s: float, elapsed_s: float, expected: str) -> None:
@@ -35,7 +35,7 @@ def test_a_start_fails_without_progress_and_not_by_the_clock(still_s: float, use
     [
         (Activity(), 0.0, (20.0, 0.0)),
         (Activity(used_s=5.0, wanted_s=5.0), 5.0, (15.0, 0.0)),
-        # It gets a quarter of the processors that it wants.
+        # It gets a quarter of the CPUs that it could use.
         (Activity(used_s=5.0, wanted_s=20.0), 20.0, (60.0, 0.0)),
         (Activity(used_s=20.0, wanted_s=20.0), 19.9, (1.0, 0.0)),
         (Activity(used_s=20.0, wanted_s=20.0), 50.0, (30.0, 30.0)),
@@ -46,7 +46,7 @@ def test_what_is_left_of_a_start(activity: Activity, elapsed_s: float, expected:
 
 
 class Forked:
-    """As much of an engine as a StartProgress looks at."""
+    """The part of an engine that StartProgress reads."""
 
     by = "zygote"
 
@@ -58,7 +58,7 @@ def test_the_estimate_falls_while_the_zygote_imports_and_the_engine_starts() -> 
     progress.usual_s = 2.0
     assert progress.left_ms() == (2000, 0)
     told = []
-    # It gets half a processor: 16 s in all for an import of 8 s, and 4 s for the start after it.
+    # It gets half a CPU: 16 s in all for an import of 8 s, and 4 s for the start after it.
     for used_s in (1.0, 3.0, 5.0, 7.0):
         progress.saw(Sight(pid=1, stages=20, used_s=used_s, age_s=2 * used_s + 1, usual_s=8.0))
         told.append(progress.left_ms())

@@ -1,4 +1,4 @@
-"""Where the time of a start went."""
+"""The division of a start's time into stages."""
 
 import time
 
@@ -24,7 +24,7 @@ WITH_MARKS = {
     [
         (MARKS, WITH_MARKS),
         ({}, WITH_MARKS | {"import_ms": 1800, "weights_ms": 0, "kv_ms": 0, "warmup_ms": 0}),
-        # It has come to its weights, and no further mark was written.
+        # It has begun to load its weights, and no further mark was written.
         ({"loading": 10.6}, WITH_MARKS | {"weights_ms": 0, "kv_ms": 0, "warmup_ms": 1400}),
     ],
 )

@@ -1,4 +1,4 @@
-"""The time sheet counts what happens while it is written."""
+"""The time sheet counts time that passes while it is written."""
 
 import asyncio
 from collections import Counter
@@ -23,14 +23,14 @@ async def test_what_happens_during_a_write_is_written_by_the_next(monkeypatch: p
 
     async def write(_: Any, __: str, ___: str, spans: dict[Any, int]) -> None:
         kept.update({span: ms - kept[span] for span, ms in spans.items()})
-        # The phase goes on for a while, and ends, before Postgres has answered.
+        # The phase continues for a while, and ends, before Postgres has responded.
         clock.now += 1
         sheet.observe(EnginePhase.LOADING if len(kept) % 2 else EnginePhase.BUSY)
 
     monkeypatch.setattr(timesheet, "WRITE_EVERY_S", 0.001)
     monkeypatch.setattr(timesheet, "record_engine_time", write)
     monkeypatch.setattr(timesheet, "engine_price", price)
-    sheet = timesheet.TimeSheet(None, "rep_1", MODEL, clock)  # type: ignore[arg-type]  # no database is asked
+    sheet = timesheet.TimeSheet(None, "rep_1", MODEL, clock)  # type: ignore[arg-type]  # no database is used
     async with sheet.kept():
         writing = asyncio.create_task(sheet.write_forever())
         await until(lambda: clock.passed_ms > 5000, every_s=0.01)

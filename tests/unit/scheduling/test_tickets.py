@@ -1,4 +1,4 @@
-"""What a client sends of a ticket."""
+"""The parts of a ticket that a client sends."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from lmaas.scheduling.client import NO_BOUNDS, LimitedScope, Ticket
 
 
 def test_the_last_byte_of_a_ticket_differs_from_that_of_most_others() -> None:
-    """Lua's hash of a long text has its last character and few others; with the same hash, texts are compared one by one."""
+    """Lua's hash of a long text covers its last character and few others; texts with the same hash are compared one by one."""
     sent = [Ticket(f"r{number}", "p", "a", "g", "", "", 1, "{}").sent() for number in range(200)]
     assert len({each[-1] for each in sent}) > 30
 

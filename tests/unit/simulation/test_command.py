@@ -1,4 +1,4 @@
-"""What `lmaas simulate` refuses before it starts a server, and its profiles."""
+"""The refusals of `lmaas simulate` before it starts a server, and its profiles."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The modelled engine: steps and their lengths, by hand."""
+"""The modelled engine: steps and their lengths, computed by hand."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ Times = dict[tuple[str, int], float]
 
 
 def run(*arrivals: tuple[float, int, int], step_sequence_s: float = 0.0, step_tokens: int = 1000) -> tuple[Times, Engine]:
-    """When each of the requests (time, prompt, completion) has its first token and all of them."""
+    """Return the times at which each of the requests (time, prompt, completion) has its first token and all of them."""
     clock = Clock()
     seen: Times = {}
     engine = Engine(
@@ -70,7 +70,7 @@ def test_a_long_prompt_takes_several_steps() -> None:
 
 def test_a_long_prompt_does_not_stop_who_runs() -> None:
     seen, _ = run((0.0, 100, 3), (0.1, 3000, 1))
-    # Each step of the other's prompt makes it a token: 1.1 s each; 999 tokens beside one that runs.
+    # Each step of the other's prompt generates a token for it: 1.1 s each; 999 tokens beside one that runs.
     assert seen["done", 0] == pytest.approx(0.2 + 2 * (0.1 + 0.999))
 
 

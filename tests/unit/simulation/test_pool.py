@@ -1,4 +1,4 @@
-"""How many engines there are, from their spans."""
+"""The number of engines over time, from their spans."""
 
 from lmaas.simulation.tally import Span, engines_over_time
 

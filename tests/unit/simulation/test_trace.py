@@ -1,4 +1,4 @@
-"""Reading traces: whose columns, what is mended, and what is wrong in which line."""
+"""Reading traces: known columns, corrections, and errors with their lines."""
 
 import io
 from itertools import pairwise
@@ -45,7 +45,7 @@ def test_columns_may_be_called_otherwise(file: Path) -> None:
 
 @pytest.mark.parametrize("columns", [AZURE, None])
 def test_the_columns_of_the_azure_traces_are_known(file: Path, columns: Columns | None) -> None:
-    # As in AzureLLMInferenceTrace_conv.csv (2023), and in the week of 2024.
+    # The format of AzureLLMInferenceTrace_conv.csv (2023), and of the week of 2024.
     text = AZURE_HEADER + "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
     first, second = read(file, text, columns)
     assert second.at_s == pytest.approx(4.314579, abs=2e-6)
@@ -123,7 +123,7 @@ def test_who_asked_is_made_up_by_the_seed(file: Path) -> None:
     tenants = [request.tenant for request in read(file, text, rule=rule)]
     assert tenants == [request.tenant for request in read(file, text, rule=rule)]
     assert tenants != [request.tenant for request in read(file, text, rule=Assignment(tenants=20, adapters=3, seed=2))]
-    # In any ten minutes some are there, and the others are not.
+    # In any ten minutes some tenants are active, and the others are not.
     assert 2 < len(set(tenants)) <= 20
     assert all(len(set(tenants[start : start + 300])) < 15 for start in range(0, 1800, 300))
     assert {request.adapter.rpartition("/")[2] for request in read(file, text, rule=rule)} == {"adapter-1", "adapter-2", "adapter-3"}

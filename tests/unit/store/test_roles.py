@@ -1,4 +1,4 @@
-"""The passwords of the database's roles, as they are given."""
+"""The passwords of the database's roles, from the settings."""
 
 import pytest
 

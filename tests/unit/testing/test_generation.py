@@ -1,4 +1,4 @@
-"""The answers of fake engines to requests with schemas."""
+"""The output of fake engines for requests with schemas."""
 
 from typing import Any
 

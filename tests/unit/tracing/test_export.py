@@ -1,4 +1,4 @@
-"""Spans are sent in groups, and a collector that is away costs nothing but spans."""
+"""Spans are sent in groups, and an outage of the collector loses only spans."""
 
 import logging
 import subprocess
@@ -26,7 +26,7 @@ def trace(spans: int = 1) -> list[Span]:
 
 
 class Collecting:
-    """An export that works or not."""
+    """An exporter that succeeds or fails, as the test sets."""
 
     def __init__(self) -> None:
         self.works = True

@@ -1,4 +1,4 @@
-"""The home folder of a stack: private, held by one at a time, refused in one line where it cannot be used."""
+"""The home folder of a stack: private, held by one process at a time, refused in one line where it cannot be used."""
 
 import os
 import re

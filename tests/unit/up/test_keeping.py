@@ -1,4 +1,4 @@
-"""What ends is started again: at once after the first end, after growing pauses if it does not last."""
+"""Processes that end are started again: at once after the first end, after growing pauses if they do not last."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ class Process:
 
 
 class Thing:
-    """Something to keep. Each entry of `launches` says how a launch goes: "works", "ends" at once, or an error."""
+    """A thing to keep running. Each entry of `launches` is the result of a launch: "works", "ends" at once, or an error."""
 
     title = "The thing"
 

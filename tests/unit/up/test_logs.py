@@ -1,4 +1,4 @@
-"""Logs of a stack have a bounded size, while their processes go on writing."""
+"""Logs of a stack have a bounded size, while their processes continue to write."""
 
 import shutil
 from pathlib import Path

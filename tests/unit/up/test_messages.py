@@ -1,4 +1,4 @@
-"""What `lmaas up` says: in lines for a terminal of 80 columns, and for shells that it is copied to."""
+"""The output of `lmaas up`: lines for a terminal of 80 columns, and text that is copied to shells."""
 
 import io
 import json

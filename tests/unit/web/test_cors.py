@@ -13,7 +13,7 @@ from tests.support.conditions import until
 from tests.unit.web.test_server import Connection
 
 ORIGIN = "https://app.example.com"
-#: What the SDKs of OpenAI, Anthropic and Azure send from a browser.
+#: Headers that the SDKs of OpenAI, Anthropic and Azure send from a browser.
 SDK_HEADERS = (
     "authorization,content-type,x-stainless-lang,x-stainless-retry-count,openai-organization,openai-project,anthropic-version,"
     "anthropic-dangerous-direct-browser-access,x-api-key,api-key,idempotency-key"
@@ -38,7 +38,7 @@ async def over_a_socket(served: ASGIApp, method: str, path: str, **headers: str)
     head = b"".join(connection.written).partition(b"\r\n\r\n")[0].decode().split("\r\n")
     pairs = [line.split(": ", 1) for line in head[1:]]
     names = [name.lower() for name, _ in pairs]
-    assert len(names) == len(set(names)), "no header twice"
+    assert len(names) == len(set(names)), "no header occurs twice"
     connection.protocol.connection_lost(None)
     return int(head[0].split()[1]), {name.lower(): value for name, value in pairs}
 

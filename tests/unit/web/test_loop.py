@@ -1,4 +1,4 @@
-"""What gateways wait for when they connect by address or by name."""
+"""The waits of gateways that connect by address or by name."""
 
 import asyncio
 import socket
@@ -14,7 +14,7 @@ from lmaas.web.loop import Loop
 
 
 class NameServer:
-    """Answers nobody who asks for `away`, until `back` is set."""
+    """A name server that does not respond for `away` until `back` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
@@ -76,7 +76,7 @@ def test_one_who_gives_up_does_not_end_the_look_up_for_another(names: NameServer
             await other
         with pytest.raises(asyncio.CancelledError):
             await one
-        with pytest.raises(socket.gaierror):  # asked anew, not remembered
+        with pytest.raises(socket.gaierror):  # requested again, not remembered
             await loop.getaddrinfo("away", 1)
 
     uvloop.run(run(), loop_factory=Loop)

@@ -1,4 +1,4 @@
-"""What a gateway counts, and that the documents say the same."""
+"""The metrics of a gateway, and their description in the documents."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
 
 
 def described(registry: CollectorRegistry) -> dict[str, set[str]]:
-    """Metric as Prometheus shows it → its labels. Each must have been counted once."""
+    """Return the labels of each metric as Prometheus shows it. Each must have been counted once."""
     return {
         family.name + ("_total" if family.type == "counter" else ""): {name for each in family.samples for name in each.labels} - {"le"}
         for family in registry.collect()
@@ -99,8 +99,8 @@ def test_the_times_of_streams_are_counted() -> None:
 
     ended("completed", 0.2, 1.2, 11)
     ended("completed", 0.2, 0.2, 1)  # one token has no time between tokens
-    ended("completed", None, 3, 5)  # an answer in one piece
-    ended("aborted", 0.4, 9, 5)  # the client left, so its times are not those of a request
+    ended("completed", None, 3, 5)  # a response in one piece
+    ended("aborted", 0.4, 9, 5)  # the client disconnected, so its times are not those of a request
     ended("expired", None, 300, 0)
     assert value("first_event_seconds") == [3, pytest.approx(0.8)]
     assert value("token_seconds") == [1, pytest.approx(0.1)]
@@ -145,7 +145,7 @@ async def test_unexpected_errors_are_counted_too() -> None:
     protocol = ChatCompletions()
     gateway = Mock(metrics=GatewayMetrics(), authenticate=AsyncMock(side_effect=ZeroDivisionError))
     scope = {"type": "http", "path": protocol.path, "method": "POST", "headers": [], "request_id": "req_1"}
-    with pytest.raises(ZeroDivisionError):  # the frame answers it
+    with pytest.raises(ZeroDivisionError):  # the frame handles it
         await InferenceEndpoint(gateway, protocol)(scope, AsyncMock(), AsyncMock())
     (family,) = gateway.metrics.refusals.collect()
     (labels,) = [sample.labels for sample in family.samples if sample.name.endswith("_total")]

@@ -1,4 +1,4 @@
-"""What is copied of an answer, and when its end may go on."""
+"""The recorded copy of a response, and the time at which its end may be sent."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ STREAM, JSON = "text/event-stream; charset=utf-8", "application/json"
 
 
 class Client(Collected):
-    """Writes down what reached the client, and `settle`'s answer between it."""
+    """A client that records what it receives, with the results of `settle` in between."""
 
     def __init__(self, max_bytes: int = 1000) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a gateway refuses by itself: bodies, parameters, methods, paths and keys, without a database or a queue."""
+"""Refusals that a gateway makes by itself: bodies, parameters, methods, paths and keys, without a database or a queue."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ MAX_BODY_BYTES = Settings().max_body_bytes
 
 
 def check(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    """See that the response is this error; return its message."""
+    """Check that the response is this error; return its message."""
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (status, code, param), response.text
     assert response.headers["x-request-id"].startswith("req_")

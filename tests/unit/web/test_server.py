@@ -1,4 +1,4 @@
-"""The server's own part of an exchange, on a connection that the test plays."""
+"""The server's own part of an exchange, on a connection that the test controls."""
 
 import asyncio
 from typing import Any
@@ -17,14 +17,14 @@ LARGE = 200_000  # uvicorn stops reading at 64 KiB
 
 
 class Connection:
-    """A connection to `app`: what it writes, and whether it reads."""
+    """A connection to `app` that records writes, and whether the server reads."""
 
     def __init__(self, app: ASGIApp) -> None:
         config = uvicorn.Config(app, log_config=None)
         config.load()
         self.protocol = BoundedProtocol(config, ServerState(), {})
         self.transport = Mock(spec=asyncio.Transport, is_closing=Mock(return_value=False), get_extra_info=Mock(return_value=None))
-        #: Bytes that the client has not taken yet.
+        #: The bytes that the client has not read yet.
         self.buffered = 1000
         self.transport.get_write_buffer_size.side_effect = lambda: self.buffered
         self.transport.pause_reading.side_effect = lambda: setattr(self, "reading", False)
@@ -33,17 +33,17 @@ class Connection:
         self.protocol.connection_made(self.transport)
 
     def send(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Receive bytes from the client."""
         self.protocol.data_received(data)
 
     @property
     def written(self) -> list[bytes]:
-        """Each write to the client."""
+        """Return each write to the client."""
         return [call.args[0] for call in self.transport.write.call_args_list]
 
 
 class Application:
-    """Takes one request, watches its client, and answers when it is told to."""
+    """Takes one request, watches its client, and responds when the test allows it."""
 
     def __init__(self) -> None:
         self.body = b""
@@ -70,7 +70,7 @@ def head(length: int, more: str = "") -> bytes:
 
 
 async def watching(app: Application, body: bytes = b"") -> Connection:
-    """A connection whose request the application has taken."""
+    """Return a connection whose request the application has taken."""
     connection = Connection(app)
     connection.send(head(len(body), "expect: 100-continue\r\n"))
     await until(lambda: connection.written, every_s=0)  # it waits for the body
@@ -83,7 +83,7 @@ async def test_a_client_that_goes_is_noticed_also_after_a_large_body() -> None:
     app = Application()
     connection = await watching(app, b"x" * LARGE)
     assert connection.transport.pause_reading.called
-    assert connection.reading, "who does not read does not see the end"
+    assert connection.reading, "a client that does not read does not receive the end"
     assert (len(app.body), app.lost) == (LARGE, [])
     connection.protocol.connection_lost(None)
     assert app.lost == ["lost"]

@@ -24,7 +24,7 @@ SOON_S = 0.05
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the length of the body."""
+    """Respond with the length of the body."""
     if scope["type"] == "lifespan":
         for word in ("startup", "shutdown"):
             await receive()
@@ -43,7 +43,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def hasty(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers /early without a look at its body, and everything else as `echo` does."""
+    """Respond to /early without reading the body, and to everything else as `echo` does."""
     if scope.get("path") != "/early":
         await echo(scope, receive, send)
         return
@@ -71,7 +71,7 @@ async def answer(reader: asyncio.StreamReader) -> Answer:
 
 @asynccontextmanager
 async def serving(app: ASGIApp = echo, **changes: Any) -> AsyncIterator[int]:
-    """The port of a server."""
+    """Run a server, and provide its port."""
     settings = Settings(port=free_port(), **{"header_timeout_s": FOREVER_S, "body_timeout_s": FOREVER_S, **changes})
     running = server(app, settings)
     task = asyncio.create_task(running.serve())
@@ -110,7 +110,7 @@ async def test_who_sends_no_request_is_cut_off(first: bytes) -> None:
         if first:
             writer.write(first)
             assert (await answer(reader)).status == 200
-            writer.write(b"\r\n")  # ends the server's patience with an idle connection, but begins nothing
+            writer.write(b"\r\n")  # ends the server's time limit for an idle connection, but begins no request
             assert (await answer(reader)).status == 408
         assert await reader.read() == b""
 
@@ -134,7 +134,7 @@ async def test_a_connection_too_many() -> None:
         writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await answer(reader)).status == 200
         async with connected(port) as (late, asks):
-            for path in ("/health", "/healthz", "/readyz", "/metrics?x"):  # who asks how we are hears it
+            for path in ("/health", "/healthz", "/readyz", "/metrics?x"):  # health checks and metrics are served
                 asks.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
                 assert (await answer(late)).status == 200
             asks.write(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")
@@ -142,7 +142,7 @@ async def test_a_connection_too_many() -> None:
             assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "too_many_connections", "5")
             assert await late.read() == b""
         writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert (await answer(reader)).status == 200, "those that were here first are not refused"
+        assert (await answer(reader)).status == 200, "earlier connections are not refused"
         other.close()
         await other.wait_closed()
 
@@ -155,7 +155,7 @@ async def test_a_connection_too_many() -> None:
 
 
 async def test_far_too_many_connections() -> None:
-    """Even those who ask how we are have a bound."""
+    """Connections for health checks have a limit as well."""
     async with serving(max_connections=1) as port, AsyncExitStack() as stack:
         for _ in range(1 + SURPLUS):
             await stack.enter_async_context(connected(port))
@@ -226,7 +226,7 @@ async def test_a_body_is_not_late_while_we_do_not_read() -> None:
     app = Application()
     connection = Connection(app)
     connection.send(head(1_000_000, "expect: 100-continue\r\n"))
-    connection.protocol.on_deadline()  # we have not asked for it yet
+    connection.protocol.on_deadline()  # the server has not sent `100 Continue` yet
     assert not connection.transport.close.called
     await until(lambda: connection.written, every_s=0)
     connection.protocol.flow.pause_reading()
@@ -234,7 +234,7 @@ async def test_a_body_is_not_late_while_we_do_not_read() -> None:
     assert not connection.transport.close.called
     connection.protocol.flow.resume_reading()
     connection.protocol.on_deadline()
-    assert not connection.transport.close.called, "we have only begun to read again"
+    assert not connection.transport.close.called, "the server has only begun to read again"
     connection.protocol.on_deadline()
     assert connection.transport.close.called
     await ended(connection, app)
@@ -246,7 +246,7 @@ async def test_nobody_is_late_while_he_is_answered_or_idle() -> None:
     connection.send(head(3))
     connection.send(b"abc")
     assert connection.protocol.deadline_timer is None
-    connection.send(b"GET /y HT")  # begins another: that is answered when it is whole
+    connection.send(b"GET /y HT")  # begins another request, which is served when it is complete
     assert connection.protocol.deadline_timer is None
     app.answer.set()
     await until(lambda: not connection.protocol.tasks, every_s=0)

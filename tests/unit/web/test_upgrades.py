@@ -1,4 +1,4 @@
-"""Requests that ask for another protocol are answered over HTTP/1.1, with their body, and the connection can be used again."""
+"""Requests that offer an upgrade to another protocol are served over HTTP/1.1, with their body, and the connection can be used again."""
 
 import asyncio
 from typing import Any
@@ -10,13 +10,13 @@ from tests.support.conditions import until
 from tests.unit.web.test_server import Connection
 from tests.unit.web.test_slow_clients import answer, connected, serving
 
-#: As java.net.http.HttpClient sends them by default.
+#: The headers that java.net.http.HttpClient sends by default.
 JAVA = "Connection: Upgrade, HTTP2-Settings\r\nHost: x\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nUpgrade: h2c\r\n"
 BODY = b'{"model": "m", "messages": []}'
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the path and the body."""
+    """Respond with the path and the body."""
     body = b""
     while True:
         message = await receive()
@@ -29,7 +29,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def exchange(pieces: list[bytes], answers: int) -> list[bytes]:
-    """The answers' bodies for these bytes, each piece sent when the one before was taken in."""
+    """Return the bodies of the responses to these bytes, each piece sent when the one before was read."""
     connection = Connection(echo)
 
     def bodies() -> list[bytes]:
@@ -83,7 +83,7 @@ async def test_a_request_without_a_body(method: str) -> None:
 
 
 async def test_a_body_of_many_segments_over_a_socket() -> None:
-    """The server stops reading a large body now and then."""
+    """The server pauses reading a large body now and then."""
     length = 3_000_000
     async with serving(count_bytes) as port, connected(port) as (reader, writer):
         for _ in range(2):
@@ -96,7 +96,7 @@ async def test_a_body_of_many_segments_over_a_socket() -> None:
 
 
 async def count_bytes(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the length of the body."""
+    """Respond with the length of the body."""
     if scope["type"] == "lifespan":
         for word in ("startup", "shutdown"):
             await receive()

@@ -1,4 +1,4 @@
-"""Which targets webhooks may call."""
+"""The targets that webhooks may call."""
 
 import asyncio
 from collections.abc import Sequence

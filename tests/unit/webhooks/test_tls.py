@@ -1,4 +1,4 @@
-"""TLS to the address that was checked, with the certificate of the name."""
+"""TLS to the checked address, with the certificate of the name."""
 
 import asyncio
 import ssl

@@ -6,7 +6,7 @@ import { createAnthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { embedMany, generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
-// This library counts the version to the base URL, other than Anthropic's own.
+// This library expects the version in the base URL, unlike Anthropic's own.
 const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
 const models = { chat: openai.chat("base"), responses: openai("base"), messages: anthropic("base") };
 

@@ -1,4 +1,5 @@
-"""A checker whose grammars do what their names say, without vLLM: `python -m tests.integration.engine.grammars.stub SOCKET IDLE_S`."""
+"""A checker whose grammars have the effects that their names describe, without vLLM: `python -m tests.integration.engine.grammars.stub
+SOCKET IDLE_S`."""
 
 import os
 import socket
@@ -10,9 +11,9 @@ from typing import Any
 from lmaas.engine.grammars import checker
 from lmaas.engine.grammars.verdict import INVALID, Question, Verdict
 
-#: An argument with which it stays for a second after it has closed its socket.
+#: An argument that keeps the process alive for a second after it has closed its socket.
 LINGERS = "lingers"
-#: An argument with which it starts slowly until there is a file `go` beside its folder.
+#: An argument that delays the start until a file `go` exists beside the folder.
 SLOW = "slow"
 
 
@@ -20,7 +21,7 @@ class Stub:
     """Stands in for the compiler."""
 
     def check(self, question: Question) -> Verdict:
-        """Do what is asked for."""
+        """Do what the parameter `do` names."""
         match question.parameters.get("do"):
             case "explode":
                 while True:

@@ -1,4 +1,4 @@
-"""The checker's processes: whatever a grammar does to the one that compiles it, its client gets a verdict and others are served."""
+"""The checker's processes: whatever a grammar does to the process that compiles it, its client gets a verdict and others are served."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ class Stubbed:
     log: Path
 
     async def send(self, data: bytes) -> bytes:
-        """What the checker answers to these bytes."""
+        """Return the checker's reply to these bytes."""
         reader, writer = await asyncio.open_unix_connection(str(self.path))
         writer.write(data)
         writer.write_eof()
@@ -39,12 +39,12 @@ class Stubbed:
             writer.close()
 
     async def ask(self, do: str) -> Verdict:
-        """The verdict on a grammar that does this."""
+        """Return the verdict on a grammar with this effect."""
         return decode_verdict(await self.send(encode(Question("/v1/chat/completions", {"do": do}))))
 
     @property
     def children(self) -> list[psutil.Process]:
-        """The checks that run."""
+        """Return the processes of running checks."""
         return psutil.Process(self.process.pid).children()
 
 
@@ -90,7 +90,7 @@ async def test_whatever_a_grammar_does_it_has_a_verdict(stub: Stubbed, does: str
 
 
 async def test_a_grammar_that_needs_too_much_memory_has_a_verdict(stub: Stubbed) -> None:
-    # What it meets first, the limit of memory or that of time, depends on the machine.
+    # The machine decides which of the two limits is reached first, memory or time.
     assert (await stub.ask("grow")).code in (INVALID, TOO_COMPLEX)
     assert (await stub.ask("pass")).code == ""
 
@@ -147,13 +147,13 @@ def spec_of(model: str) -> EngineSpec:
 
 
 def running() -> list[psutil.Process]:
-    """The checkers of this process, in the order of their starts."""
+    """Return this process's checkers in the order of their starts."""
     children = [child for child in psutil.Process().children() if STUB in command_of(child)]
     return sorted(children, key=lambda child: child.create_time())
 
 
 async def test_one_that_ends_just_now_does_not_stop_its_clients_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the end of its socket and that of its process, connections are refused at once."""
+    """While a checker ends, connections are refused at once: its socket ends before its process."""
     monkeypatch.setattr(client, "IDLE_S", 0.1)
     question = Question("/v1/chat/completions", {"do": "pass"})
     async with Checkers(tmp_path, None, module=STUB).kept() as checkers:
@@ -187,7 +187,7 @@ async def test_one_that_starts_slowly_is_left_alone_and_one_that_stands_still_is
         monkeypatch.setattr(client, name, seconds)
     spec, question = spec_of(SLOW), Question("/v1/chat/completions", {"do": "pass"})
     async with Checkers(tmp_path, None, module=STUB).kept() as checkers:
-        for _ in range(4):  # longer than one may stand still
+        for _ in range(4):  # longer than a checker may stand still
             with pytest.raises(NoVerdict, match="TimeoutError"):
                 await checkers.check(spec, question)
         (slow,) = running()

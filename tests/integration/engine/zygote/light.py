@@ -31,11 +31,11 @@ class Preloaded:
         report(2, 3)
 
     def unfit(self) -> str:
-        """Never."""
+        """Return "": it is always fit."""
         return ""
 
     def learn(self, arguments: list[str]) -> None:
-        """Note that it was asked, and fail."""
+        """Record the arguments, and fail."""
         self._learnt.write_text(" ".join(arguments))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -46,5 +46,5 @@ if __name__ == "__main__":
     from lmaas.engine.zygote import server
     from lmaas.engine.zygote.__main__ import main
 
-    vars(server).update(LEARN_AFTER_S=0.0, SERVER="tests.integration.engine.zygote.program")  # it learns what that is started with
+    vars(server).update(LEARN_AFTER_S=0.0, SERVER="tests.integration.engine.zygote.program")  # it learns the arguments of the job
     main()

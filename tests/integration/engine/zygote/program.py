@@ -1,4 +1,4 @@
-"""What a light zygote forks: says what it is given, and stays if it is told to."""
+"""The program that a light zygote forks: prints its input, and stays if an argument demands it."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """The process."""
+    """Run the program."""
     os.write(1, f"{sys.argv[1:]} {os.environ['SECRET']}\n".encode())
     if "stay" in sys.argv:
         signal.pause()

@@ -1,4 +1,4 @@
-"""The zygote's loop, its owner and its clients, with a zygote that has nothing in memory."""
+"""The zygote's loop, its owner and its clients, with a zygote that has no modules in memory."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ def order(home: Path, *arguments: str) -> Order:
 
 @dataclass(frozen=True)
 class Light:
-    """A zygote that answers."""
+    """A zygote that accepts orders."""
 
     home: Path
     process: "subprocess.Popen[bytes]"
@@ -62,12 +62,12 @@ class Light:
         return await fork(self.home, order, {}, timeout_s)
 
     def said(self) -> str:
-        """What the jobs printed."""
+        """Return the output of the jobs."""
         path = self.home / "program.log"
         return path.read_text() if path.exists() else ""
 
     def children(self) -> list[psutil.Process]:
-        """What it forked, keepers too."""
+        """Return its child processes, including keepers."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
@@ -97,7 +97,7 @@ async def test_what_an_order_holds_never_reaches_the_zygote(zygote: Light) -> No
 
 
 def memory_of(pid: int) -> bytes:
-    """What a process, a child of ours, may write to."""
+    """Return the writable memory of a child process."""
     found = []
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as mem:
         for line in maps:
@@ -188,7 +188,7 @@ async def test_a_start_waits_for_a_zygote_that_imports_however_long_it_takes(
         await until(lambda: running(tmp_path) != 0)
         zygote = running(tmp_path)
         starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "patient"), {}, looks.append))
-        # Several times as long as one may stand still.
+        # Several times the time that a zygote may stand still.
         await until(lambda: sum(client.POLL_S for _ in looks) > 3 * policy.STILL_S)
         assert not starting.done()
         assert "killed" not in caplog.text
@@ -229,7 +229,7 @@ async def test_a_start_waits_for_the_zygote_with_its_own_facts(tmp_path: Path, m
     with pytest.raises(NoZygote, match="another lmaas"):
         await fork_when_there(tmp_path, order(tmp_path, "alone"), facts)
     taker = ZygoteOwner(tmp_path, lambda: light(tmp_path), lambda: facts)
-    await taker.ensure()  # it has the old one end
+    await taker.ensure()  # it has ended the old one
     starting = asyncio.create_task(fork_when_there(tmp_path, order(tmp_path, "new"), facts))
     try:
         await asyncio.to_thread(old.wait, 30)
@@ -245,7 +245,7 @@ async def test_a_start_waits_for_the_zygote_with_its_own_facts(tmp_path: Path, m
 
 
 async def fill(home: Path) -> None:
-    """Leave no room in the line before a zygote that stands still."""
+    """Fill the queue of connections of a zygote that stands still."""
     for _ in range(1000):
         with wire.channel() as connection, wire.short_path(wire.folder(home) / wire.SOCKET) as path:
             connection.setblocking(False)
@@ -319,12 +319,12 @@ async def test_its_owner_looks_at_our_files_once_a_minute(zygote: Light) -> None
     assert looks == [1000.0, 1000.0 + owner.FACTS_S + owner.EVERY_S]
     assert zygote.process.poll() is None
     clock.now += owner.FACTS_S
-    await taker.ensure()  # our code is another now
+    await taker.ensure()  # the code on disk is now a different one
     assert await asyncio.to_thread(zygote.process.wait, 30) == 0
 
 
 async def test_one_that_stands_still_before_a_full_line_is_stopped(zygote: Light) -> None:
-    # As after a second start, which found that there was one.
+    # As after a second start that found a running zygote.
     (wire.folder(zygote.home) / wire.PROCESS).write_text("0")
     os.kill(zygote.process.pid, signal.SIGSTOP)
     await fill(zygote.home)
@@ -370,7 +370,7 @@ async def test_a_zygote_ends_when_its_owner_was_killed(tmp_path: Path) -> None:
         while not (pid := int(await controller.stdout.readline())):
             pass
         until_s = time.monotonic() + 2 * idle_s
-        while time.monotonic() < until_s:  # it is needed, so it stays
+        while time.monotonic() < until_s:  # it is still needed, so it stays
             assert int(await controller.stdout.readline()) == pid
     finally:
         controller.kill()

@@ -1,4 +1,4 @@
-"""The state of responses, and the writer that stores those that end at the same time together, on a real Postgres."""
+"""The state of responses, and the writer that stores responses that end at the same time together, on a real Postgres."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ def message(text: str, role: str = "user") -> Item:
 
 
 def new(number: int, previous: NewResponse | None = None, conversation_id: str | None = None, *, size: int = 0) -> NewResponse:
-    """A response to `q<number>` with the output `a<number>`."""
+    """Return a response to `q<number>` with the output `a<number>`."""
     response_id = f"resp_{number:024x}"
     given = named([message(f"q{number}")], response_id)
     output = [{"id": f"msg_{number:024x}0000"} | message(f"a{number}", "assistant")]
@@ -53,7 +53,7 @@ def texts(items: list[Item]) -> list[str]:
 
 
 class Service:
-    """The state of a gateway and what it reports."""
+    """The state of responses in a gateway, and its reports."""
 
     def __init__(self, db: Database) -> None:
         self.db, self.metrics = db, GatewayMetrics()
@@ -91,7 +91,7 @@ async def acme(db: Database) -> str:
 
 @contextmanager
 def away(url: str) -> Iterator[None]:
-    """Postgres refuses this database for the length of the block, as when it is down."""
+    """Make Postgres refuse this database during the block, as when it is down."""
     admin = create_engine(driver_url(make_url(url).set(database="postgres").render_as_string(False)), isolation_level="AUTOCOMMIT")
     name = make_url(url).database
     with admin.connect() as connection:
@@ -195,7 +195,7 @@ async def test_a_chain_of_too_many_items_is_refused(service: Service, acme: str,
 
 
 def large(number: int, previous: NewResponse | None = None, *, items: int) -> NewResponse:
-    """A response with many items in its input."""
+    """Return a response with many items in its input."""
     response = new(number, previous)
     return replace(response, input_items=named([message("q" * 100)] * items, response.id))
 
@@ -250,7 +250,7 @@ async def test_a_postgres_that_hangs_is_an_error(service: Service, acme: str, db
                 with pytest.raises(Unavailable) as caught:
                     await reading()
                 assert caught.value.error_code == "database_unavailable"
-    # The readings that were given up end, and the tenant has its turns again.
+    # The abandoned readings end, and the tenant can read again.
     monkeypatch.setattr(turns, "READ_S", 10.0)
     assert await service.chain(acme, new(1)) == ["q1", "a1"]
 
@@ -337,7 +337,7 @@ async def test_what_waits_is_bounded_and_what_is_lost_is_reported(
         for number in range(1, 5):
             await service.state.store(acme, new(number, size=2600))
         assert service.lost == 1
-        # The others have room, until there is none for anyone.
+        # The others have room until the common limit is reached.
         await service.state.store(others[0], new(5, size=2600))
         assert service.lost == 1
         await service.state.store(others[1], new(6, size=2600))
@@ -351,14 +351,14 @@ async def test_what_waits_is_bounded_and_what_is_lost_is_reported(
 
 
 async def test_a_response_waits_for_room(service: Service, acme: str, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many large responses end at the same time, and Postgres is well."""
+    """Many large responses end at the same time, and Postgres is available."""
     other = (await tenant(db, "other")).id
     await conversations.create_conversation(service.db, acme, "conv_1", b"{}", [], MONTH)
     monkeypatch.setattr(writing, "STORE_S", 20.0)
     monkeypatch.setattr(writing, "MAX_TENANT_BYTES", 10_000)
     monkeypatch.setattr(writing, "MAX_WAITING_BYTES", 14_000)
     ended = [new(number, conversation_id="conv_1", size=4000) for number in range(1, 11)]
-    # One is larger than the limits: it waits alone.
+    # One exceeds the limits: it waits alone.
     others = [new(number, size=20_000 if number == 25 else 4000) for number in range(21, 31)]
     stores = [(acme, each) for each in ended] + [(other, each) for each in others]
     await asyncio.gather(*(service.state.store(*each) for each in stores))

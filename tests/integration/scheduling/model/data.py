@@ -128,7 +128,7 @@ class Here:
 
 @dataclass
 class Kept:
-    """All room that is kept in a round, by replica, and how often some was."""
+    """All room that is kept in a round, by replica, and the number of times that some was kept."""
 
     at: dict[str, Here] = field(default_factory=dict)
     keeps: int = 0

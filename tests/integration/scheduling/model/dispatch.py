@@ -76,7 +76,7 @@ class Dispatch(Placement):
         return None
 
     def with_needs(self, *, background: bool) -> Iterator[tuple[tuple[int, str], Held]]:
-        """Return the tickets of a round with what they need. If nothing was found for one, nothing will be for another one with the same
+        """Return the tickets of a round with their needs. If nothing was found for one, nothing will be for another one with the same
         needs."""
         self.failed: set[tuple[int, str]] = set()
         for held in self.in_order(background=background):

@@ -1,4 +1,4 @@
-"""How a ticket ends, or loses its replica and waits again. See endings.lua and fleet.lua."""
+"""The end of a ticket, and the loss of its replica, after which it waits again. See endings.lua and fleet.lua."""
 
 from lmaas.scheduling.states import GATEWAY_LOST, RUNNER_LOST, TicketState
 from lmaas.states import Observed, UsageStatus

@@ -8,7 +8,7 @@ from tests.integration.scheduling.model.state import State
 
 
 class Fairness(State):
-    """Whose turn it is."""
+    """The order in which tenants and their tickets take turns."""
 
     def tenants_waiting(self, *, background: bool = False) -> list[str]:
         """Return the waiting tenants by counter. A tenant does not wait if only tickets that came back are in its queue."""

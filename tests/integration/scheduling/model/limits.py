@@ -11,7 +11,7 @@ from lmaas.scheduling.states import LimitName, NoTicket
 
 WINDOW_S = 60
 ASK_AGAIN_MS, MAX_RETRY_MS = 15_000, 60_000
-#: What was used: prompt, cached, completion tokens.
+#: The used tokens: prompt, cached, completion.
 Tokens = tuple[int, int, int]
 
 
@@ -22,14 +22,14 @@ def month_of(now: int) -> int:
 
 
 def cost_of(ticket: Ticket, used: Tokens) -> int:
-    """In picodollars."""
+    """Return the cost in picodollars."""
     prompt, cached, completion = used
     return (prompt - cached) * ticket.prices[0] + cached * ticket.prices[1] + completion * ticket.prices[2]
 
 
 @dataclass
 class Reservation:
-    """What one ticket takes of one scope: at first the most that it may use, then what it used."""
+    """The part of one scope that one ticket takes: at first the most that it may use, then its actual usage."""
 
     second: int
     month: int
@@ -37,14 +37,14 @@ class Reservation:
     tokens: int
     cost: int
     running: bool = True
-    #: Whether the month's figures have it. If not, the ledger has it, or will be asked when it ends.
+    #: True if the month's figures include it. If not, the ledger has it, or is read when it ends.
     in_figures: bool = True
-    #: Whether only the month's figures have it.
+    #: True if only the month's figures include it.
     background: bool = False
 
 
 class Seeded(IntEnum):
-    """Whether a scope has the month's figures: not asked for, a gateway was told to bring them from the ledger, they are here."""
+    """The state of a scope's figures of the month: not requested, requested from a gateway, which reads the ledger, or present."""
 
     NO = 0
     ASKED = 1
@@ -58,7 +58,7 @@ class Scope:
     reservations: list[Reservation] = field(default_factory=list)
     seeded: Seeded = Seeded.NO
     asked: int = 0
-    #: How long its requests take from their acceptance to their end, on average of the last few, in ms.
+    #: The average time from acceptance to end of its last few requests, in ms.
     turn_ms: int = 0
     seed: Seed = field(default_factory=lambda: Seed(0, 0, 0))
 
@@ -66,21 +66,21 @@ class Scope:
         return sum(each.running for each in self.reservations)
 
     def seconds(self, now: int) -> dict[int, tuple[int, int]]:
-        """Second → requests and tokens of it, oldest first, until the second lies wholly more than a minute behind."""
+        """Return the requests and tokens of each second, oldest first, until the second lies wholly more than a minute in the past."""
         found: dict[int, tuple[int, int]] = {}
         for each in sorted(self.reservations, key=lambda each: each.second):
-            # What lies in the future is from a clock that was set back.
+            # Seconds in the future come from a clock that was set back.
             if each.second + WINDOW_S >= now // 1000 >= each.second and not each.background:
                 requests, tokens = found.get(each.second, (0, 0))
                 found[each.second] = requests + each.requests, tokens + each.tokens
         return found
 
     def minute(self, now: int, what: int) -> int:
-        """The requests (`what` = 0) or tokens (1) of the last minute."""
+        """Return the requests (`what` = 0) or tokens (1) of the last minute."""
         return sum(each[what] for each in self.seconds(now).values())
 
     def freed_in_ms(self, now: int, what: int, excess: int) -> int:
-        """When so many requests or tokens lie behind."""
+        """Return the time in ms until this many requests or tokens are older than the window."""
         for second, used in self.seconds(now).items():
             excess -= used[what]
             if excess <= 0:
@@ -88,19 +88,19 @@ class Scope:
         return WINDOW_S * 1000
 
     def reset_in_ms(self, now: int, what: int) -> int:
-        """When all requests or tokens lie behind."""
+        """Return the time in ms until all requests or tokens are older than the window."""
         used = [second for second, each in self.seconds(now).items() if each[what] > 0]
         return (max(used) + WINDOW_S + 1) * 1000 - now if used else 0
 
     def month_figures(self, now: int) -> tuple[int, int]:
-        """Tokens and cost of this month: what the ledger told, what has ended since, and what is reserved."""
+        """Return tokens and cost of this month: those of the ledger, those that have ended since, and those that are reserved."""
         month = month_of(now)
         counted = [each for each in self.reservations if each.in_figures and each.month == month]
         tokens, cost = (self.seed.tokens, self.seed.cost_picousd) if self.seed.month == month else (0, 0)
         return tokens + sum(each.tokens for each in counted), cost + sum(each.cost for each in counted)
 
     def begin_anew(self, now: int) -> None:
-        """A gateway is sent to the ledger: what has ended, the ledger knows; what ends from now on is counted here."""
+        """Request the figures from the ledger again: it has what ended before, and what ends from now on is counted here."""
         self.seeded, self.asked, self.seed = Seeded.ASKED, now, Seed(0, 0, 0)
         for each in self.reservations:
             each.in_figures = False
@@ -115,14 +115,15 @@ class Limits:
     scopes: dict[str, Scope] = field(default_factory=dict)
 
     def take_seeds(self, now: int, seeds: Mapping[str, Seed]) -> None:
-        """What the ledger says of the month."""
+        """Store the figures of the month that came from the ledger."""
         for name, seed in seeds.items():
             scope = self.scopes.get(name)
             if scope is not None and scope.seeded == Seeded.ASKED and seed.month == month_of(now):
                 scope.seeded, scope.seed = Seeded.YES, seed
 
     def reserve(self, now: int, ticket: Ticket, forced: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[Reservation]]:
-        """The refusal, or what is left and the reservations. What is `forced` was accepted before the memory was lost."""
+        """Return the refusal, or the remaining limits and the reservations. Tickets that are `forced` were accepted before the memory was
+        lost."""
         if not ticket.limits:
             return None, None, []
         scopes = {limit.id: self.scopes.setdefault(limit.id, Scope(turn_ms=self.turn_ms)) for limit in ticket.limits}
@@ -136,7 +137,7 @@ class Limits:
                 return {"state": NoTicket.UNSEEDED, "scopes": unseeded, "month": month_of(now)}, None, []
             refusals = [each for limit in ticket.limits for each in self._refusals(now, limit, ticket)]
             if refusals:
-                # The first that waiting does not help with, else the one that takes longest.
+                # The first limit for which waiting does not help, else the one with the longest wait.
                 worst = max(refusals, key=lambda each: each["retry_ms"] or float("inf"))
                 return {"state": NoTicket.LIMITED, "left": self._left(now, ticket), **worst}, None, []
         tokens, cost = ticket.prompt_tokens + ticket.completion_tokens, cost_of(ticket, (ticket.prompt_tokens, 0, ticket.completion_tokens))
@@ -171,7 +172,8 @@ class Limits:
         return [each | {"scope": limit.scope} for each in refusals]
 
     def _left(self, now: int, ticket: Ticket) -> dict[str, list[int]]:
-        """For requests and tokens, of the scope that has the least left: its limit, what is left, ms until all is back."""
+        """Return, for requests and tokens, the limit of the scope with the least left, the part that is left, and the ms until all of it is
+        back."""
         left: dict[str, list[int]] = {}
         for what, name in enumerate(("requests", "tokens")):
             for limit in ticket.limits:
@@ -184,9 +186,9 @@ class Limits:
         return left
 
     def settle(self, now: int, ticket: Ticket, submitted: int, made: list[Reservation], used: Tokens | None) -> None:
-        """From now on the reservations are what was used; who used nothing gets the request back too.
+        """Replace the reservations by the actual usage. A ticket that used nothing returns its request, too.
 
-        What ran for longer than a minute counts now for the minute, with what it used beyond its reservation.
+        A ticket that ran for longer than a minute counts now for the minute, with its usage beyond the reservation.
         """
         for limit, each in zip(ticket.limits, made, strict=False):
             prompt, cached, completion = used or (0, 0, 0)

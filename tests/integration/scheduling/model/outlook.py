@@ -7,10 +7,10 @@ from tests.integration.scheduling.model.dispatch import Dispatch
 
 
 class Outlook(Dispatch):
-    """What a caller is told of a ticket."""
+    """The expected wait of a ticket, as callers see it."""
 
     def estimate(self, now: int, position: int) -> Reply:
-        """Estimate the wait of a ticket at this position. Something that is late is estimated to need the same time again by which it is
+        """Estimate the wait of a ticket at this position. If something is late, its remaining time is estimated as the time by which it is
         late."""
         ready = [replica for replica in self.replicas.values() if replica.state == Observed.READY]
         starting = [replica for replica in self.replicas.values() if replica.state == Observed.STARTING]

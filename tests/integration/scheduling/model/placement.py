@@ -1,4 +1,4 @@
-"""Where a ticket runs, and which background tickets are put back for it. See placement.lua and yielding.lua."""
+"""The choice of a ticket's replica, and of the background tickets that are put back for it. See placement.lua and yielding.lua."""
 
 from lmaas.scheduling.states import TicketState
 from tests.integration.scheduling.model.data import Held, Here, Kept, Replica

@@ -9,7 +9,7 @@ BOOST_MS = 60_000
 
 @dataclass
 class Reserve:
-    """When the last interactive ticket came, and the slots of background tickets that were put back lately. Times are the pool's, in
+    """The time of the last interactive ticket, and the slots of background tickets that were put back lately. Times are the pool's, in
     ms."""
 
     arrived: int | None = None

@@ -244,7 +244,7 @@ class Model(Outlook):
         }
 
     def read_room(self, now: int) -> Reply:
-        """Return what `Scheduler.room` does."""
+        """Return the result of `Scheduler.room`."""
         now = self.begin(now)
         self.reap(now)
         self.dispatch(now)

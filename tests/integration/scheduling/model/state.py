@@ -1,4 +1,4 @@
-"""What the model stores, and the figures that are counted from it."""
+"""The data that the model stores, and the figures that are counted from it."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""NOT Grafana: says that it is healthy if the provisioned files are there and parse, and a password is set."""
+"""NOT Grafana: reports that it is healthy if the provisioned files are there and parse, and a password is set."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Path("/var/lib/grafana/here").touch()
 
 
 class Health(BaseHTTPRequestHandler):
-    """One answer."""
+    """The health endpoint."""
 
     def do_GET(self) -> None:
         self.send_response(200 if self.path == "/api/health" else 404)

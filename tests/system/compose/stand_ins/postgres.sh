@@ -1,5 +1,5 @@
 #!/bin/sh
-# What compose.yaml uses of the real image's entry point: a database and its owner on the first start, then the server.
+# The part of the real image's entry point that compose.yaml uses: creates a database and its owner on the first start, then starts the server.
 set -eu
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
     password=$(mktemp)

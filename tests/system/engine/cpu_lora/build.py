@@ -1,4 +1,4 @@
-"""vLLM's LoRA layers without vLLM's server: stacked weights as vLLM lays them out, and batches over them."""
+"""vLLM's LoRA layers without vLLM's server: weights stacked in vLLM's layout, and batches over them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,9 @@ VOCAB = 20
 
 
 def layer(slots: int, max_rank: int, inputs: int, sizes: tuple[int, ...], dtype: Any = torch.float32, wrapper: Any = None) -> Any:
-    """A linear layer, merged if it has several sizes, with vLLM's own way of copying an adapter into a slot.
+    """Return a linear layer, merged if it has several sizes, with vLLM's own way of copying an adapter into a slot.
 
-    What no adapter wrote is garbage until its slot is first used, which must not matter.
+    Memory that no adapter has written contains garbage until its slot is first used, which must have no effect.
     """
     made = SimpleNamespace(
         n_slices=len(sizes),
@@ -31,7 +31,7 @@ def layer(slots: int, max_rank: int, inputs: int, sizes: tuple[int, ...], dtype:
 
 
 def logits_layer(slots: int, max_rank: int, inputs: int, dtype: Any = torch.float32) -> SimpleNamespace:
-    """The LoRA weights of an `lm_head`."""
+    """Return the LoRA weights of an `lm_head`."""
     return SimpleNamespace(
         lora_a_stacked=torch.zeros(slots, 1, max_rank, inputs, dtype=dtype),
         lora_b_stacked=torch.zeros(slots, 1, VOCAB, max_rank, dtype=dtype),
@@ -39,6 +39,6 @@ def logits_layer(slots: int, max_rank: int, inputs: int, dtype: Any = torch.floa
 
 
 def route(wrapper: Any, rows: list[int], samples: list[int] | None = None, slots: int = 8) -> None:
-    """Tell the wrapper which slot each row of the batch uses (-1: none), as vLLM does before a step. Slot s holds adapter s + 1."""
+    """Give the wrapper the slot of each row of the batch (-1: none), as vLLM does before a step. Slot s holds adapter s + 1."""
     mapping = LoRAMapping(*(tuple(slot + 1 for slot in some) for some in (rows, rows if samples is None else samples)), is_prefill=True)
     wrapper.update_metadata(mapping, list(range(1, slots + 1)), slots + 1, VOCAB)

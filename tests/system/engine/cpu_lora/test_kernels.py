@@ -1,4 +1,4 @@
-"""The arithmetic: each row gets its own adapter at its own rank, or is left alone bit for bit, whatever else is in the batch."""
+"""The arithmetic: each row gets its own adapter at its own rank, or stays the same bit for bit, whatever else is in the batch."""
 
 import os
 import shutil
@@ -20,13 +20,13 @@ from tests.system.engine.cpu_lora.build import VOCAB, layer, logits_layer, route
 SIZES = st.sampled_from([(1,), (16,), (37,), (130,), (20, 20), (48, 16, 16), (65, 7, 7)])
 # Ranks that fill the kernel's tiles (of 4) and that do not; inputs and sizes that fill vectors (of 16, 8, 4) and that do not.
 RANKS, INPUTS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64]), st.sampled_from([1, 3, 16, 24, 63, 64, 200])
-#: Of bfloat16, whose weights and results have 8 bits: three roundings. Of float32: sums of up to 200 products in another order.
+#: Tolerance of bfloat16, whose weights and results have 8 bits: three roundings. Of float32: sums of up to 200 products in another order.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(params=["compiled 0", "compiled 1", "compiled 2", "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every kernel that this machine can run: the compiled one for each set of instructions that the processor has, and torch's."""
+    """Every kernel that this machine can run: the compiled one for each instruction set of the CPU, and torch's."""
     kind, _, choice = request.param.partition(" ")
     if kind == "torch":
         monkeypatch.setattr(native, "load", lambda: None)
@@ -50,7 +50,7 @@ def new_wrapper() -> Any:
 
 
 class Layer:
-    """One layer with adapters in some of its slots, and the dense truth about them in float64."""
+    """One layer with adapters in some of its slots, and the dense reference for them in float64."""
 
     def __init__(self, wrapper: Any, slots: int, max_rank: int, inputs: int, sizes: tuple[int, ...], dtype: Any) -> None:
         self.module = layer(slots, max_rank, inputs, sizes, dtype, wrapper)
@@ -59,7 +59,7 @@ class Layer:
         wrapper.prepare(self.module)
 
     def load(self, slot: int, ranks: list[int]) -> None:
-        """Put an adapter into a slot, which may be taken. Rank 0: it leaves that projection alone."""
+        """Put an adapter into a slot, which may be taken. Rank 0 leaves that projection unchanged."""
         a: list[Any] = [torch.randn(rank, self.inputs).to(self.dtype) if rank else None for rank in ranks]
         b: list[Any] = [
             (torch.randn(n, rank) / rank**0.5).to(self.dtype) if rank else None for rank, n in zip(ranks, self.sizes, strict=True)
@@ -75,14 +75,14 @@ class Layer:
         self.delta[slot] = torch.cat([part.double() for part in dense])
 
     def add(self, y: Any, x: Any, **options: Any) -> Any:
-        """The result of vLLM's call, with `y` left as it was."""
+        """Return the result of vLLM's call; `y` stays unchanged."""
         y = y.clone()
         m = self.module
         m.punica_wrapper.add_lora_linear(y, x, m.lora_a_stacked, m.lora_b_stacked, 1.0, m.output_slices, **options)
         return y
 
     def check(self, got: Any, y: Any, x: Any, rows: list[int]) -> None:
-        """Compare with the truth, relative to the size of the sums that were taken."""
+        """Compare with the reference, relative to the size of the computed sums."""
         for i, slot in enumerate(rows):
             if slot < 0:
                 assert torch.equal(got[i], y[i])
@@ -100,7 +100,7 @@ def test_every_row_gets_its_own_adapter_or_none(kernel: str, data: st.DataObject
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     wrapper = new_wrapper()
     tested = Layer(wrapper, slots, 64, data.draw(INPUTS), sizes, dtype)
-    for _ in range(data.draw(st.integers(1, 3))):  # each round loads into some slots, also such that are taken
+    for _ in range(data.draw(st.integers(1, 3))):  # each round loads into some slots, some of which are taken
         for slot in data.draw(st.sets(st.integers(0, slots - 1), min_size=0 if len(tested.delta) > 1 else 1)):
             tested.load(slot, [data.draw(st.one_of(RANKS, st.just(0))) for _ in sizes])
         requests = data.draw(st.lists(st.tuples(st.sampled_from(list(tested.delta)), st.integers(1, 70)), min_size=1, max_size=10))
@@ -110,10 +110,10 @@ def test_every_row_gets_its_own_adapter_or_none(kernel: str, data: st.DataObject
         got = tested.add(y, x)
         tested.check(got, y, x, rows)
         assert torch.equal(tested.add(y, x), got)
-        if kernel == "compiled":  # torch's products may take sums in an order that depends on the number of rows
+        if kernel == "compiled":  # torch's products may add in an order that depends on the number of rows
             at = data.draw(st.integers(0, len(rows) - 1))
             route(wrapper, [rows[at]], slots=slots)
-            assert torch.equal(tested.add(y[at : at + 1], x[at : at + 1])[0], got[at]), "an answer depends on its neighbours"
+            assert torch.equal(tested.add(y[at : at + 1], x[at : at + 1])[0], got[at]), "a result depends on the other rows"
 
 
 @pytest.mark.usefixtures("kernel")
@@ -187,7 +187,7 @@ def test_logits_of_sampled_rows_and_of_a_prompt() -> None:
 
     route(wrapper, [0, 0, 0, -1, 1, 1], [0, -1, 1])
     check([0, -1, 1])
-    wrapper.prompt_rows = slice(3, 6)  # as many as there are requests, and others
+    wrapper.prompt_rows = slice(3, 6)  # as many rows as there are requests, and others
     check([-1, 1, 1])
     wrapper.prompt_rows = None
     check([0, -1, 1])
@@ -238,11 +238,12 @@ def test_rows_that_do_not_match_the_routing_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"2 rows \(token\), the layer has 3"):
         tested.add(torch.zeros(3, 40), torch.zeros(3, 24))
     route(wrapper, [-1, 0])
-    with pytest.raises(RuntimeError, match=r"shape|size"):  # by torch: the compiled kernel does not take them, and would write behind y
+    # Computed by torch: the compiled kernel does not accept them, and would write behind y.
+    with pytest.raises(RuntimeError, match=r"shape|size"):
         tested.add(torch.zeros(1, 40), torch.zeros(2, 24))
     route(wrapper, [-1, -1])
     y = torch.ones(3, 40)
-    assert torch.equal(tested.add(y, torch.zeros(3, 24)), y)  # nobody's rows, however many
+    assert torch.equal(tested.add(y, torch.zeros(3, 24)), y)  # rows without an adapter, however many
 
 
 def test_a_library_that_is_older_than_its_source_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_library_that_is_older_than_its_source_is_not_used(monkeypatch: pytest
     assert native.load() is None
     os.utime(source, (1000, 1000))
     assert native.library() == built
-    assert native.load() is None  # it is no library
+    assert native.load() is None  # it is not a library
 
 
 def test_torch_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

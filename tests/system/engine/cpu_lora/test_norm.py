@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def installed() -> Iterator[None]:
-    """As in a worker; as before afterwards."""
+    """Install the operations as in a worker; restore them afterwards."""
     current_platform.import_kernels()
     before = [(operation, operation._priority_impls) for operation in (rms_norm, fused_add_rms_norm)]
     norm.install()

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.skipif(not has_cpu_build(), reason="the plugin does not
 
 BASE = "base"
 EVERYONE = [BASE, *ADAPTERS]
-#: Fewer slots than adapters in memory, and fewer of these than adapters: both are used again and again.
+#: Fewer slots than adapters in memory, and fewer of these than adapters, so that both are reused often.
 MAX_LORAS, MAX_CPU_LORAS = 4, 8
 MAX_SEQS, MAX_STEP_TOKENS, BLOCK = 16, 64, 32
-#: Both sides compute in float32 and differ only in the order of their sums. Of logits between -12 and 12, the worst seen of 40,000
-#: positions were 6e-6 off for the base model and 3.5e-5 for adapters, whose random weights make activations larger. Another adapter,
-#: or none, is off by more than a hundred times this (tested).
+#: Both sides compute in float32 and differ only in the order of their sums. Of logits between -12 and 12, the largest differences in 40,000
+#: positions were 6e-6 for the base model and 3.5e-5 for adapters, whose random weights make activations larger. Another adapter, or none,
+#: differs by more than a hundred times this (tested).
 TOLERANCE = 3e-4
 
 Logits = npt.NDArray[np.float32]
@@ -36,7 +36,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Request:
-    """`tokens` tokens more after `prompt`, by an adapter or the base model."""
+    """A request for `tokens` more tokens after `prompt`, by an adapter or the base model."""
 
     name: str
     prompt: tuple[int, ...]
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated, and the logits [positions, VOCAB] of each generated token, before them those of the prompt's if asked for."""
+    """The generated tokens, and their logits [positions, VOCAB], preceded by those of the prompt if requested."""
 
     request: Request
     generated: list[int]
@@ -56,14 +56,14 @@ class Answer:
 
 @dataclass
 class Server:
-    """The server with all adapters, and what it should answer."""
+    """The server with all adapters, and a reference for its responses."""
 
     process: EngineProcess
     http: httpx.AsyncClient
     reference: Reference
 
     async def ask(self, request: Request) -> Answer:
-        """One answer, at temperature 0."""
+        """Send one request, at temperature 0."""
         body = {
             "model": request.name, "prompt": request.prompt, "max_tokens": request.tokens, "temperature": 0, "ignore_eos": True,
             "logprobs": VOCAB, "prompt_logprobs": VOCAB if request.prompt_logits else None, "return_tokens_as_token_ids": True,
@@ -81,21 +81,21 @@ class Server:
         return Answer(request, generated, logits, answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
     async def ask_all(self, requests: Iterable[Request]) -> list[Answer]:
-        """All at once."""
+        """Send all requests at once."""
         return await asyncio.gather(*(self.ask(request) for request in requests))
 
     async def steps(self) -> int:
-        """How many batches the engine has computed."""
+        """Return the number of batches that the engine has computed."""
         text = (await self.http.get("/metrics")).text
         return sum(round(float(count)) for count in re.findall(r"^vllm:iteration_tokens_total_count{.*} (\S+)$", text, re.MULTILINE))
 
     def expected(self, name: str, tokens: Sequence[int]) -> Logits:
-        """After each token, by PEFT."""
+        """Return PEFT's logits after each token."""
         logits: Logits = self.reference.logits(None if name == BASE else name, tokens).numpy()
         return logits
 
     def check(self, answers: Iterable[Answer]) -> None:
-        """Every position of every answer is that of its own adapter."""
+        """Check that every position of every response is that of its own adapter."""
         wrong = []
         for answer in answers:
             request = answer.request
@@ -130,7 +130,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         max_lora_rank=MAX_RANK,
         max_cpu_loras=MAX_CPU_LORAS,
         kv_cache_bytes=64 * 1024 * 1024,
-        # Few tokens a step: long prompts are computed in pieces, beside the next tokens of other answers.
+        # Few tokens in each step: long prompts are computed in pieces, beside the next tokens of other requests.
         extra_args=f"--max-num-batched-tokens {MAX_STEP_TOKENS} --block-size {BLOCK} --skip-tokenizer-init "
         f"--logprobs-mode raw_logits --max-logprobs {VOCAB}",
     )
@@ -141,7 +141,8 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 
 
 def some_requests(names: Sequence[str], number: int) -> list[Request]:
-    """60 requests in a random order: 12 to the base model, the others to each of `names` in turn, from one `number` to the next."""
+    """Return 60 requests in a random order: 12 to the base model, the others to each of `names` in turn, starting with one `number` after
+    the other."""
     rng = random.Random(number)
     who = [BASE] * 12 + [names[(48 * number + i) % len(names)] for i in range(48)]
     rng.shuffle(who)
@@ -166,7 +167,7 @@ def test_no_adapter_could_be_taken_for_another(server: Server) -> None:
     prompt = random_prompt(random.Random(0), MAX_LEN)
     logits = np.stack([server.expected(name, prompt) for name in EVERYONE])
     for i, name in enumerate(EVERYONE):
-        # Not after the first token: it attends to itself alone, whatever its query and its key are.
+        # Not after the first token: it attends only to itself, whatever its query and its key are.
         distances = np.abs(logits[:, 1:] - logits[i, 1:]).max(axis=2).min(axis=1)
         near = [other for other, distance in zip(EVERYONE, distances, strict=True) if distance < 100 * TOLERANCE]
         assert near == [name]
@@ -178,13 +179,13 @@ async def test_each_alone_and_all_together_generate_the_same(server: Server) -> 
     requests = [Request(name, prompt, 10, False) for name in EVERYONE for prompt in (shared, random_prompt(rng, rng.randint(1, 100)))]
     alone = [await server.ask(request) for request in requests]
     server.check(alone)
-    # Where two tokens are nearly as likely, rounding may choose; then another seed is needed here.
+    # Where two tokens are nearly as likely, rounding may choose; then this test needs another seed.
     assert min(np.diff(np.sort(answer.logits)[:, -2:]).min() for answer in alone) > 2 * TOLERANCE
     order = rng.sample(range(len(requests)), len(requests))
     together = await server.ask_all(requests[i] for i in order)
     server.check(together)
     assert [answer.generated for answer in together] == [alone[i].generated for i in order]
-    # The same prompt is cached for each adapter apart.
+    # The cache keeps the same prompt separately for each adapter.
     assert all(answer.cached_tokens == 0 for answer in alone)
     assert all(answer.cached_tokens == 2 * BLOCK for answer in together if answer.request.prompt == shared)
 
@@ -200,5 +201,5 @@ async def test_mixed_batches(server: Server, names: list[str]) -> None:
         before = await server.steps()
         answers = await server.ask_all(some_requests(names, number))
         server.check(answers)
-        # They really shared batches: several answers got a token at a time.
+        # They really shared batches: several requests got a token in the same step.
         assert sum(len(answer.generated) for answer in answers) > 2 * (await server.steps() - before)

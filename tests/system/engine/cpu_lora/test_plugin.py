@@ -1,4 +1,4 @@
-"""How the plugin gets into vLLM, when it refuses to, and the defect of stock vLLM that it is there for."""
+"""The plugin in vLLM: how it is loaded, when it refuses, and the defect of stock vLLM that it corrects."""
 
 # ruff: noqa: SLF001 (the hooks change vLLM's own methods, which begin with an underscore)
 
@@ -61,7 +61,7 @@ def test_an_activation_that_fails_leaves_nobodys_weights_in_the_slot() -> None:
     manager._deactivate_adapter = lambda adapter_id: LoRAModelManager._deactivate_adapter(manager, adapter_id)
     assert LoRAModelManager.activate_adapter(manager, 1)
     manager.deactivate_adapter(1)
-    for _ in range(2):  # not taken for active the second time
+    for _ in range(2):  # does not count as active the second time
         with pytest.raises(RuntimeError, match="size of tensor"):
             LoRAModelManager.activate_adapter(manager, 2)
         assert manager.lora_index_to_id == [None]

@@ -1,4 +1,4 @@
-"""The real server does not start with LoRA where its answers could be another tenant's."""
+"""The real server does not start with LoRA where its responses could belong to another tenant."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.system.engine.cpu_lora.tiny import build_model
 
 pytestmark = pytest.mark.skipif(not has_cpu_build(), reason="the plugin does nothing on GPUs")
 
-#: Python runs it at the start of each of the server's processes.
+#: Python runs this module at the start of each of the server's processes.
 ANOTHER_VERSION = """
 import importlib.util, sys
 
@@ -41,7 +41,7 @@ def test_a_server_of_another_version_does_not_start(tmp_path: Path) -> None:
     )  # fmt: skip
     variables, log = environment(spec) | {"PYTHONPATH": str(tmp_path)}, tmp_path / "log"
     with log.open("w") as output:
-        # No port is needed: it ends before it listens.
+        # No port is needed: the server ends before it listens.
         server = subprocess.run(command_line(spec, 0), env=variables, stdout=output, stderr=output, timeout=300, check=False)
     assert server.returncode != 0
     assert "UnknownVllmError: LoRA on CPU is refused: lmaas corrects it in vLLM 0.32.0, this is 0.99.0" in log.read_text()

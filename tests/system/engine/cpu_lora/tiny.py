@@ -28,12 +28,12 @@ LINEAR = [*ATTENTION, *MLP]
 HEAD = "lm_head"
 EMBEDDING = "embed_tokens"
 
-#: What PEFT is told of each adapter.
+#: The arguments of PEFT for each adapter.
 ADAPTERS: dict[str, dict[str, Any]] = {
     **{f"rank-{r}": {"r": r, "lora_alpha": r, "target_modules": LINEAR} for r in (1, 2, 3, 5, 8, 16, 33, 64)},
     "attention": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
     "mlp": {"r": 12, "lora_alpha": 16, "target_modules": MLP},
-    # Each alone, so that the other parts of vLLM's merged layers have no weights.
+    # One module each, so that the other parts of vLLM's merged layers have no weights.
     **{f"only-{name}": {"r": r, "lora_alpha": 8, "target_modules": [name]} for r, name in enumerate(LINEAR, start=2)},
     "q-and-v": {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "one-layer": {"r": 9, "lora_alpha": 9, "target_modules": LINEAR, "layers_to_transform": [1]},
@@ -93,7 +93,7 @@ def build_model(folder: Path) -> None:
 
 
 def build_adapter(base: Path, folder: Path, name: str) -> None:
-    """Write one of `ADAPTERS`. It changes what its layers compute about as much as their own weights do."""
+    """Write one of `ADAPTERS`. It changes the output of its layers about as much as their own weights do."""
     torch.manual_seed(sum(name.encode()))
     model = get_peft_model(load_model(base), LoraConfig(**ADAPTERS[name]))
     with torch.no_grad():
@@ -108,13 +108,13 @@ def build_adapter(base: Path, folder: Path, name: str) -> None:
                     a.normal_()
                 b.normal_(std=rank**-0.5 / abs(scaling))
     with warnings.catch_warnings():
-        # PEFT writes the embedding's own weights beside an adapter for it, and says so.
+        # PEFT writes the embedding's own weights beside an adapter for it, with a warning.
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
         model.save_pretrained(folder)
 
 
 def upload(base: Path, folder: Path, stored: Path, name: str) -> None:
-    """Write to `stored` what would be stored of the adapter in `folder` after an upload."""
+    """Write to `stored` the files that an upload would store for the adapter in `folder`."""
     stored.mkdir()
     weights, config = stored / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = load_file(folder / weights.name)
@@ -130,7 +130,7 @@ def upload(base: Path, folder: Path, stored: Path, name: str) -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """The base model, for computing with it here."""
+    """Load the base model, for computing with it in this process."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -142,7 +142,7 @@ class Reference:
         self._base = load_model(base)
 
     def logits(self, name: str | None, tokens: Sequence[int]) -> Any:
-        """After each token [tokens, VOCAB], by the adapter or without one."""
+        """Return the logits after each token [tokens, VOCAB], by the adapter or without one."""
         model = self._base if name is None else self._models[name]
         with torch.inference_mode(), one_thread():
             return model(torch.tensor([list(tokens)])).logits[0]
@@ -150,7 +150,7 @@ class Reference:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So small a model takes a millisecond on one thread; on more, whoever else is busy makes it wait hundreds."""
+    """Compute on one thread, where so small a model takes a millisecond. On more threads, other busy processes delay it by hundreds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -20,17 +20,17 @@ Place = tuple[Checkers, EngineSpec]
 
 
 def schema(value: Any) -> dict[str, Any]:
-    """The parameters of a request whose answer follows this schema."""
+    """Return the parameters of a request whose output follows this schema."""
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
 
 def tools(value: Any, choice: Any = "auto", **more: Any) -> dict[str, Any]:
-    """The parameters of a request with a tool whose parameters follow this schema."""
+    """Return the parameters of a request with a tool whose parameters follow this schema."""
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": value, **more}}], "tool_choice": choice}
 
 
 def string(pattern: str) -> dict[str, Any]:
-    """A schema for strings."""
+    """Return a schema for strings."""
     return schema({"type": "string", "pattern": pattern})
 
 
@@ -136,7 +136,7 @@ async def test_a_checker_that_was_killed_is_started_again(place: Place) -> None:
 
 
 async def until_named(other_than: int | None) -> int:
-    """The process of a checker of ours, by its name."""
+    """Wait until another process has a checker's name, and return its id."""
     found: list[int] = []
 
     def named() -> bool:

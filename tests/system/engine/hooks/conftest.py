@@ -1,4 +1,4 @@
-"""vLLM is imported here once, before the tests' modules import it: torch warns while it is."""
+"""Imports vLLM once, before the tests' modules import it: torch warns during the import."""
 
 import importlib
 import warnings

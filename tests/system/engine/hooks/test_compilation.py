@@ -1,4 +1,4 @@
-"""vLLM's compilations are noted for the supervisor."""
+"""The supervisor's notes of vLLM's compilations."""
 
 # ruff: noqa: SLF001 (the hook changes a method of vLLM that begins with an underscore)
 
@@ -19,7 +19,7 @@ from tests.support.conditions import until
 
 
 class Backend:
-    """Compiles until it may stop."""
+    """A backend that compiles until it may stop."""
 
     def __init__(self) -> None:
         self.may_stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Records of vLLM's and uvicorn's own loggers hold nothing of a request."""
+"""Records of vLLM's and uvicorn's own loggers contain nothing of a request."""
 
 import os
 import subprocess

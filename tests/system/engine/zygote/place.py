@@ -32,11 +32,11 @@ class Place:
 
     @property
     def pid(self) -> int:
-        """The zygote's, or 0."""
+        """Return the zygote's process id, or 0."""
         return owner.listener(self.home)
 
     async def imported(self) -> None:
-        """Wait until it answers."""
+        """Wait until the zygote forks."""
 
         async def answers() -> bool:
             await self.taker.ensure()
@@ -49,7 +49,7 @@ class Place:
         await until(answers, timeout_s=IMPORTED_S)
 
     def left(self) -> list[psutil.Process]:
-        """The zygote and what it forked that still runs."""
+        """Return the zygote and its forked processes that still run."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -62,7 +62,7 @@ class Place:
 
 @asynccontextmanager
 async def zygote_in(home: Path) -> AsyncIterator[Place]:
-    """A home folder whose zygote has imported everything. Nothing of it is left afterwards."""
+    """Provide a home folder whose zygote has imported everything. None of its processes is left afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LMAAS_HOME", str(home))
         there = Place(home, zygote_owner(home, 60))

@@ -71,7 +71,7 @@ async def test_two_engines_of_one_zygote_serve_with_the_plugin_and_leave_nothing
             for process in families:
                 assert "redis://secret" not in process.environ().values()
             assert {os.getpgid(one.pid) for one in families} == {first.pid, second.pid}
-        # vLLM's server may end with 0 or 1 when it is told to stop.
+        # After SIGTERM, vLLM's server may end with 0 or 1.
         assert not first.running
         assert not second.running
         await until(gone(families))

@@ -1,4 +1,4 @@
-"""The host that checks grammars ends when it is told to."""
+"""The host that checks grammars ends when it is stopped."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from tests.support.conditions import until
 
 
 class SwallowingRedis:
-    """A client that does what redis-py does at some moments on Python 3.11: a call that is cancelled returns as if nothing had been."""
+    """A client that imitates a defect of redis-py on Python 3.11: a cancelled call sometimes returns as if it had not been cancelled."""
 
     def __init__(self) -> None:
         self.asked = 0

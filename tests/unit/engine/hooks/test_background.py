@@ -1,4 +1,4 @@
-"""Which requests take part in a step of vLLM's scheduler, and how much of it."""
+"""The requests that take part in a step of vLLM's scheduler, and the length of the step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Request:
 
 
 class Queue(list[Request]):
-    """Requests that wait, in order of priority."""
+    """Waiting requests, in order of priority."""
 
     def __iter__(self) -> Iterator[Request]:
         return iter(sorted(super().__iter__(), key=lambda request: (request.priority, request.arrival_time)))
@@ -58,12 +58,12 @@ class Scheduler:
 
 
 def old(number: int, **more: Any) -> Request:
-    """A background request; the one with the highest number is the youngest."""
+    """Return a background request; the one with the highest number is the youngest."""
     return Request(f"b{number}", 1, number, **more)
 
 
 def step(scheduler: Scheduler, state: GivingWay | None = None, now: float = 100.0) -> tuple[list[str], int, int]:
-    """Return which running requests take part in a step, how many may run after it, and the tokens that it computes at most."""
+    """Return the running requests that take part in a step, the number that may run after it, and the most tokens that it computes."""
     with giving_way(scheduler, state or GivingWay(), now):
         seen = [request.name for request in scheduler.running], scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens
         scheduler.running.extend(scheduler.waiting[: max(0, scheduler.max_num_active_reqs - len(scheduler.running))])
@@ -102,7 +102,7 @@ def test_the_youngest_background_requests_give_their_slots() -> None:
 
 
 def test_and_their_memory() -> None:
-    # A prompt of 50 tokens needs four blocks of 16 and one for what follows.
+    # A prompt of 50 tokens needs four blocks of 16 and one for its completion.
     scheduler = Scheduler([old(1), old(2), old(3)], [Request("i1", num_tokens=50)], free=2)
     step(scheduler)
     assert scheduler.preempted == ["b3", "b2"]
@@ -147,7 +147,7 @@ def test_background_prompts_are_computed_in_pieces_while_there_are_interactive_r
     # Requests that have their first token come before those whose prompts would fill the step.
     running = [old(1, is_prefill_chunk=True), old(2), Request("i1")]
     assert step(Scheduler(list(running), []), state, 100.0) == (["i1", "b2", "b1"], SLOTS, 2 + piece)
-    # After a step with prompts, one generates only. Where no interactive request generates, that would help none.
+    # A step with prompts is followed by one that only generates. Where no interactive request generates, such a step would help none.
     state.prompted = True
     assert step(Scheduler(list(running), []), state, 100.0) == (["i1", "b2", "b1"], SLOTS, 2)
     assert step(Scheduler([old(1)], [old(2)]), state, 100.0 + RECENT_S / 2)[2] == 1 + piece

@@ -1,4 +1,4 @@
-"""Log records of an engine hold nothing of a request."""
+"""Log records of an engine contain nothing of a request."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ class Collector(logging.Handler):
 
 @pytest.fixture
 def collected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """What a handler of a sealed engine writes, without the mark."""
+    """The output of a handler of a sealed engine, without the mark."""
     monkeypatch.setattr(logging.Handler, "format", logging.Handler.format)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "sealed"))
     write_seal(tmp_path / "sealed", MARK)
@@ -49,7 +49,7 @@ log = logging.getLogger("vllm.test")
 
 
 class Unprintable:
-    """Its text is a request's."""
+    """An object whose text is a request's."""
 
     def __str__(self) -> str:
         return SECRET
@@ -154,7 +154,7 @@ def test_a_handler_that_has_formatted_the_exception_before_does_not_give_it_away
         record.exc_text = traceback.format_exc()
     log.handle(record)
     assert SECRET not in collected[0]
-    assert SECRET in (record.exc_text or "")  # the record itself stays as it was
+    assert SECRET in (record.exc_text or "")  # the record itself stays the same
 
 
 def test_records_are_as_they_were_before_the_seal_and_elsewhere(

@@ -18,14 +18,14 @@ SECRET = "SECRETTEXT"
 
 @pytest.fixture
 async def engine_log(tmp_path: Path) -> AsyncIterator[EngineLog]:
-    """A log that is read."""
+    """A log with a reader."""
     with EngineLog(tmp_path / "replica" / "engine.log").opened() as opened:
         yield opened
 
 
 @pytest.fixture
 def engine(engine_log: EngineLog) -> Iterator[int]:
-    """An engine's standard error."""
+    """The standard error of an engine."""
     writer = engine_log.writer()
     yield writer
     os.close(writer)
@@ -58,7 +58,7 @@ async def test_what_was_written_before_the_seal_is_kept_whole(engine_log: Engine
 
 
 async def test_a_forked_engine_opens_the_pipe_by_name(engine_log: EngineLog) -> None:
-    # As zygote/server.py does.
+    # zygote/server.py opens it in the same way.
     output = os.open(engine_log.pipe, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     os.write(output, b"hello\n")
     os.close(output)
@@ -101,7 +101,7 @@ async def test_logs_are_rotated(engine_log: EngineLog, engine: int, monkeypatch:
     assert engine_log.path.stat().st_size <= 10_000
     assert engine_log.predecessor.stat().st_size <= 10_000
     assert {path.name for path in engine_log.path.parent.iterdir()} == {"engine.log", "engine.log.1", "engine.pipe"}
-    # Nothing is lost between the two.
+    # No byte is lost between the two.
     lines = [int(line.split()[1]) for line in (engine_log.predecessor.read_text() + engine_log.path.read_text()).splitlines()]
     assert lines == list(range(lines[0], 100))
     assert engine_log.contains(f"line {lines[0]} ")

@@ -1,4 +1,4 @@
-"""Which lines of an engine's output are kept."""
+"""The lines of an engine's output that are kept."""
 
 import time
 
@@ -64,7 +64,7 @@ def test_a_flood_becomes_one_line_and_is_cheap(break_every: int) -> None:
     flood = (line * (5_000_000 // break_every)).encode()
     began = time.process_time()
     kept = b"".join(made.feed(flood[at : at + 65536], 1.0) for at in range(0, len(flood), 65536)) + made.end(1.0)
-    # 500,000 lines are more than 999 wrong characters of a pattern make.
+    # 500,000 lines are more than 999 wrong characters of a pattern produce.
     assert time.process_time() - began < 8
     assert len(kept) < 200
     assert SECRET not in kept.decode()

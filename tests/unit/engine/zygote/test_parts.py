@@ -68,7 +68,7 @@ async def test_a_zygote_that_does_not_last_is_started_later_and_later(tmp_path: 
     owner = ZygoteOwner(tmp_path, start, dict, clock)
     for _ in range(2000):
         await owner.ensure()
-        await owner.ensure()  # too soon to look again
+        await owner.ensure()  # too soon to check again
         clock.now += EVERY_S
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert gaps == sorted(gaps)
@@ -90,7 +90,7 @@ def test_a_process_with_cuda_or_threads_is_not_forked(monkeypatch: pytest.Monkey
 
 
 class Spoilt(Preloaded):
-    """Preparing for `bad` leaves a thread behind."""
+    """A zygote in which preparing for `bad` leaves a thread behind."""
 
     def __init__(self, commands: Path) -> None:
         self.tried: list[str] = []
@@ -98,7 +98,7 @@ class Spoilt(Preloaded):
         self._commands, self._avoided = commands, commands.with_name(AVOIDED)
 
     def unfit(self) -> str:
-        """With more than one thread."""
+        """Return a reason if there is more than one thread."""
         return f"{self.threads} threads" if self.threads > 1 else ""
 
     def _prepare(self, command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is done about a zygote that does not answer, by what is seen of it."""
+"""The reaction to a zygote that does not respond, by its observed state."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ GONE = Sight(usual_s=8.0, next_s=0.0)
     ("seen", "expected"),
     [
         (IMPORTS, ""),
-        (replace(IMPORTS, age_s=10_000.0), ""),  # time alone is no reason
+        (replace(IMPORTS, age_s=10_000.0), ""),  # time alone is not a reason
         (replace(IMPORTS, used_s=500.0, age_s=10_000.0), ""),  # nor is much work, as long as stages are finished
         (replace(IMPORTS, still_s=STILL_S), ""),
         (replace(IMPORTS, still_s=STILL_S + 1), "no progress for 16 s"),
@@ -57,7 +57,7 @@ def test_only_a_zygote_without_progress_is_stuck(seen: Sight, expected: str) -> 
         (replace(IMPORTS, stage_used_s=CIRCLES_S + 1), ""),
         (replace(IMPORTS, stage_used_s=CIRCLES_S + 1, next_s=None), "stuck"),
         (replace(IMPORTS, stage_used_s=CIRCLES_S + REPLACED_S + 1), "stuck"),
-        # There is none: the next one is waited for if it is to come soon.
+        # There is none: the next one is waited for if it is expected soon.
         (GONE, ""),
         (replace(GONE, absent_s=REPLACED_S + 1), "no zygote was started"),
         (replace(GONE, next_s=6.0, absent_s=REPLACED_S + 1), ""),
@@ -76,18 +76,18 @@ def test_a_start_waits_as_long_as_that_is_quicker(seen: Sight, expected: str) ->
     [
         (SERVES, 0.0),
         (replace(IMPORTS, used_s=4.0, age_s=4.0), 4.0),
-        # About half of a processor: about twice as long.
+        # It gets about half of a CPU, so it takes about twice as long.
         (replace(IMPORTS, used_s=4.0, age_s=9.0), 8.0),
         (replace(IMPORTS, used_s=4.0, age_s=99.0), 80.0),
-        # The first moments say little.
+        # The first measurements are too short to extrapolate from.
         (replace(IMPORTS, used_s=0.0, age_s=0.0), 8.0),
         (replace(IMPORTS, used_s=0.0, age_s=0.25), 10.0),
-        # It falls to the last second, and an import that is late needs as long again.
+        # The estimate falls to the last second, and an import that is late needs as long again.
         (replace(IMPORTS, used_s=7.9, age_s=7.9), 1.0),
         (replace(IMPORTS, used_s=20.0, age_s=20.0), 12.0),
-        # What stands still adds its time.
+        # The time for which it stands still is added.
         (replace(IMPORTS, used_s=4.0, age_s=4.0, still_s=6.0), 10.0),
-        # None yet.
+        # There is no zygote yet.
         (GONE, 8.0),
         (replace(GONE, next_s=5.0), 13.0),
     ],

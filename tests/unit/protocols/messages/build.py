@@ -19,7 +19,7 @@ Delta = dict[str, Any]
 
 
 def answer(*, stream: bool, **more: Any) -> Answer:
-    """An empty answer to a request."""
+    """Return an empty response to a request."""
     protocol = Messages()
     request = protocol.read(BODY | {"stream": stream} | more)
     return protocol.answer(Inference(REQUEST_ID, protocol, request))
@@ -30,7 +30,7 @@ def _event(value: Any) -> bytes:
 
 
 def call(index: int, name: str | None = None, arguments: str = "") -> Delta:
-    """A piece of a tool call. The first piece has the name."""
+    """Return a piece of a tool call. The first piece has the name."""
     function = {"arguments": arguments} | ({"name": name} if name else {})
     head = {"id": f"chatcmpl-tool-{index}", "type": "function"} if name else {}
     return {"tool_calls": [head | {"index": index, "function": function}]}
@@ -44,7 +44,7 @@ def engine_stream(
     cached: int = 0,
     reasoning: int | None = None,
 ) -> bytes:
-    """A stream with one token in each delta."""
+    """Return a stream with one token in each delta."""
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "engine-name"}
     details = None if reasoning is None else {"reasoning_tokens": reasoning}
 
@@ -75,7 +75,7 @@ def engine_whole(
     made: int = 5,
     cached: int = 0,
 ) -> bytes:
-    """An answer in one piece."""
+    """Return a response in one piece."""
     message: dict[str, Any] = {"role": "assistant", "content": content, "reasoning": reasoning, "refusal": None}
     message["tool_calls"] = [
         {"id": f"chatcmpl-tool-{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -90,7 +90,7 @@ def engine_whole(
 
 
 def stream_of(chunks: Iterable[bytes], **more: Any) -> bytes:
-    """The client's stream for an engine's bytes."""
+    """Return the client's stream for an engine's bytes."""
     made = answer(stream=True, **more)
     out = b"".join([*(made.feed(chunk) for chunk in chunks), made.close()])
     assert made.done
@@ -99,13 +99,13 @@ def stream_of(chunks: Iterable[bytes], **more: Any) -> bytes:
 
 
 def cut(text: bytes, places: Iterable[int]) -> list[bytes]:
-    """The bytes in pieces that end at these places."""
+    """Return the bytes in pieces that end at these places."""
     ends = sorted({min(place, len(text)) for place in places} | {0, len(text)})
     return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def whole_of(text: bytes, **more: Any) -> dict[str, Any]:
-    """The client's message for an engine's answer in one piece."""
+    """Return the client's message for an engine's response in one piece."""
     made = answer(stream=False, **more)
     made.take(text)
     assert made.complete

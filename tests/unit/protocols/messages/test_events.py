@@ -1,4 +1,4 @@
-"""Streams of messages: what an engine's chunks become, however they arrive."""
+"""Streams of messages: the events for an engine's chunks, however they arrive."""
 
 import json
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ CASES = [
 
 
 def plain(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The content without ids and signatures."""
+    """Return the content without ids and signatures."""
     return [{name: value for name, value in block.items() if name not in ("id", "signature", "citations")} for block in message["content"]]
 
 
@@ -178,7 +178,7 @@ def test_the_first_chunk_starts_the_message() -> None:
         (said("a"), "length", None, ("model_context_window_exceeded", None)),
         (said("a"), "content_filter", None, ("refusal", None)),
         ([call(0, "f", "{}")], "tool_calls", None, ("tool_use", None)),
-        # vLLM's reason for a call of a function that had to be called.
+        # vLLM's reason for a call of a function that was required.
         ([call(0, "f", "{}")], "stop", None, ("tool_use", None)),
         ([call(0, "f", '{"a": 1}')], "tool_calls", "}", ("tool_use", None)),
         ([call(0, "f", '{"a": "EN')], "tool_calls", "END", ("stop_sequence", "END")),

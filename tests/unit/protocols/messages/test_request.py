@@ -20,12 +20,12 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 
 
 def chat(**more: Any) -> dict[str, Any]:
-    """The parameters of the chat for a request with these fields."""
+    """Return the parameters of the chat for a request with these fields."""
     return read_messages(BODY | more).parameters
 
 
 def messages(*given: Any) -> list[dict[str, Any]]:
-    """The chat's messages for these messages."""
+    """Return the chat's messages for these messages."""
     found: list[dict[str, Any]] = chat(messages=list(given))["messages"]
     return found
 
@@ -130,7 +130,7 @@ def test_what_claude_code_sends() -> None:
         ([{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Hi"}]),
         ([user()], [{"role": "user", "content": ""}]),
         ([user(text("a"), text(""), text("b"))], [{"role": "user", "content": "a\nb"}]),
-        # Messages of one role are one.
+        # Consecutive messages of one role become one.
         ([USER, USER], [{"role": "user", "content": "Hello\nHello"}]),
         (
             [USER, assistant(text("a")), assistant(text("b"), CALL), user(result())],
@@ -483,7 +483,7 @@ ODD_FIELDS = st.dictionaries(st.sampled_from(sorted(MESSAGES.by_name)), ODD | OD
 
 
 def outcome(body: dict[str, Any]) -> tuple[MessagesRequest | None, InvalidRequest | None]:
-    """The request that is read, or the error."""
+    """Return the request that is read, or the error."""
     try:
         return read_messages(body), None
     except InvalidRequest as refused:

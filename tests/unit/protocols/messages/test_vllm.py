@@ -1,4 +1,4 @@
-"""Answers that vLLM has written, as messages."""
+"""Responses that vLLM has written, as messages."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from tests.support.anthropic_stream import Replay, check_message, check_stream
 from tests.unit.protocols.messages.build import TOOL, stream_of, whole_of
 
-#: vLLM itself differs: a call that is cut off is text in an answer in one piece, and nothing in a stream.
+#: vLLM itself differs: it returns a call that is cut off as text in a response in one piece, and not at all in a stream.
 DIFFERENT = ("call_cut",)
 ANSWERS = Path(__file__).parents[1] / "responses" / "vllm"
 

@@ -1,4 +1,4 @@
-"""Short requests, and what is read from them."""
+"""Short requests, and the results of reading them."""
 
 import json
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Read = Callable[[dict[str, Any]], TextRequest]
 
 
 def values(*given: Any) -> tuple[Any, ...]:
-    """Values of any types."""
+    """Return a strategy for values of any types."""
     return given
 
 
 def each(name: str, code: str, *given: Any) -> list[tuple[str, Any, str]]:
-    """Cases of one parameter that end with the same code."""
+    """Return cases of one parameter that end with the same code."""
     return [(name, value, code) for value in given]
 
 
 def nested(depth: int) -> dict[str, Any]:
-    """An object in an object in an object."""
+    """Return an object in an object in an object."""
     value: dict[str, Any] = {}
     for _ in range(depth - 1):
         value = {"a": value}
@@ -38,17 +38,17 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def schema(value: Any) -> dict[str, Any]:
-    """A response format with a JSON schema."""
+    """Return a response format with a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "s", "schema": value}}
 
 
 def model(max_model_len: int) -> BaseModel:
-    """A base model with this context."""
+    """Return a base model with this context."""
     return BaseModel("mod_1", "base", "no-model", "float32", {}, 16, 8, 8, 16, max_model_len, 2**28, "")
 
 
 def refusal(read: Callable[[dict[str, Any]], object], body: dict[str, Any]) -> tuple[str, str | None]:
-    """The code and the parameter of the error."""
+    """Return the code and the parameter of the error."""
     with pytest.raises(InvalidRequest) as caught:
         read(body)
     assert caught.value.status == 400
@@ -58,7 +58,7 @@ def refusal(read: Callable[[dict[str, Any]], object], body: dict[str, Any]) -> t
 
 
 def sent(request: EngineRequest) -> dict[str, Any]:
-    """What the engine receives, without what every request has."""
+    """Return the engine's body, without the fields that every request has."""
     body: dict[str, Any] = json.loads(request.body("engine", "salt"))
     assert (body.pop("model"), body.pop("cache_salt"), body.pop("stream")) == ("engine", "salt", request.stream)
     body.pop("stream_options", None)
@@ -66,14 +66,14 @@ def sent(request: EngineRequest) -> dict[str, Any]:
 
 
 def chat(**changes: Any) -> dict[str, Any]:
-    """What the engine receives for a chat, without its messages."""
+    """Return the engine's body for a chat, without its messages."""
     body = sent(read_chat(CHAT | changes))
     body.pop("messages")
     return body
 
 
 def completion(**changes: Any) -> dict[str, Any]:
-    """What the engine receives for a completion, without its prompt."""
+    """Return the engine's body for a completion, without its prompt."""
     body = sent(read_completion(COMPLETION | changes))
     body.pop("prompt")
     return body

@@ -1,4 +1,4 @@
-"""Messages as clients send them: what the service returned, what their libraries add, and what a model broke."""
+"""Messages as clients send them: returned by the service, extended by their libraries, or broken by a model."""
 
 import json
 from typing import Any
@@ -9,13 +9,13 @@ from lmaas.protocols.parameters.messages import MAX_MESSAGES, MAX_PARTS
 from lmaas.protocols.parameters.request import read_chat
 from tests.unit.protocols.parameters.build import CHAT, FUNCTION, USER, nested, refusal, sent, values
 
-#: As many parts as a request may have, among them calls.
+#: The maximum number of parts in a request, with calls among them.
 MOST_PARTS = [{"role": "assistant", "content": ["a"] * 99, "tool_calls": [{"id": "c", "function": {"name": "f"}}]}] * (MAX_PARTS // 100)
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def engines(*messages: Any) -> list[dict[str, Any]]:
-    """The messages that the engine receives."""
+    """Return the messages that the engine receives."""
     received: list[dict[str, Any]] = sent(read_chat(CHAT | {"messages": list(messages)}))["messages"]
     return received
 
@@ -105,7 +105,7 @@ def test_good_messages_reach_the_engine_as_they_came(messages: list[dict[str, An
     assert sent(read_chat(body))["messages"] == messages
 
 
-#: The message of an answer as clients' libraries return it: openai-python's object and model_dump(), openai-node, LiteLLM, parsed helpers.
+#: An assistant message as clients' libraries return it: openai-python's object and model_dump(), openai-node, LiteLLM, parsed helpers.
 ANSWERS: list[dict[str, Any]] = [
     {"content": "Hi", "refusal": None, "role": "assistant", "annotations": None, "audio": None, "function_call": None, "tool_calls": None},
     {"role": "assistant", "content": "Hi", "annotations": [], "reasoning": None, "reasoning_content": None, "tool_calls": []},
@@ -133,7 +133,7 @@ def test_calls_that_were_returned_are_accepted_back() -> None:
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c", "content": "5", "name": "f"},
     ]
-    # Without what they can do without.
+    # Without their optional fields.
     assert engines({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]})[0] == {
         "role": "assistant",
         "content": None,

@@ -1,4 +1,4 @@
-"""Tools, the choice among them, and the form of the answer."""
+"""Tools, the choice among them, and the form of the response."""
 
 import json
 from typing import Any
@@ -92,7 +92,7 @@ def test_bad_tools(changes: dict[str, Any], code: str, param: str) -> None:
             {"tools": [FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False},
             {"tools": [FUNCTION], "tool_choice": "auto", "parallel_tool_calls": False},
         ),
-        # What is null or not known inside a tool has no effect.
+        # Null or unknown fields inside a tool have no effect.
         (
             {"tools": [{"type": None, "cache_control": {}, "function": {"name": "f", "description": None, "strict": None, "x": 1}}]},
             {"tools": [tool()]},
@@ -222,9 +222,9 @@ def test_what_the_grammar_library_cannot_enforce_is_left_out_unless_a_tool_is_st
 def test_whether_an_engine_compiles_a_grammar(changes: dict[str, Any], constrained: bool) -> None:
     request = read_chat(CHAT | changes)
     assert request.constrained is constrained
-    # Even where this engine compiles none, another tool parser may.
+    # Even where this engine compiles no grammar, another tool parser may.
     assert request.must_be_checked is (constrained or (bool(changes.get("tools")) and changes.get("tool_choice") != "none"))
-    # Everything that decides the grammar, and nothing else.
+    # Every parameter that affects the grammar, and no other.
     names = ("response_format", "tools", "tool_choice", "parallel_tool_calls", "structured_outputs")
     assert request.grammar == {name: request.parameters[name] for name in names if name in request.parameters}
 

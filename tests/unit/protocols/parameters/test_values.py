@@ -107,7 +107,7 @@ def test_neutral_values_of_refused_parameters_are_accepted(table: Table, read: R
     assert ("priority", 0) in neutral
     for name, value in neutral:
         assert sent(read(body | {name: value})) == sent(read(body)), name
-    # What equals a neutral value in Python only is another value.
+    # A value that equals a neutral value only in Python is another value.
     assert refusal(read, body | {"priority": False}) == ("unsupported_parameter", "priority")
     assert refusal(read, body | {"use_beam_search": 0}) == ("unsupported_parameter", "use_beam_search")
 
@@ -172,10 +172,10 @@ def test_good_parameters_are_forwarded_as_they_came(read: Read, body: dict[str, 
         ({"stop": ["a", None]}, {"stop": ["a"]}),
         ({"logit_bias": {"5": 1, "6": None}}, {"logit_bias": {"5": 1}}),
         ({"n": 2, "best_of": 2}, {"n": 2}),
-        # vLLM refuses several greedy answers.
+        # vLLM refuses several greedy choices.
         ({"n": 2, "temperature": 0}, {"n": 2, "temperature": 1, "top_k": 1}),
         ({"n": 1, "temperature": 0}, {"n": 1, "temperature": 0}),
-        # Only with a side vLLM bounds the text before it reads it.
+        # vLLM bounds the text before it reads it only if there is a side.
         ({"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": -1, "truncation_side": "left"}),
         ({"truncation_side": "right"}, {}),
         ({"stream_options": {"include_usage": None, "unknown": 1}}, {}),
@@ -214,7 +214,7 @@ def test_chats_own_parameters(changes: dict[str, Any], expected: dict[str, Any])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # What lm-eval's log-likelihood tasks send.
+        # Requests of lm-eval's log-likelihood tasks.
         (
             {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234},
             {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234},
@@ -385,7 +385,7 @@ def test_an_answer_has_a_bounded_number_of_log_probabilities(read: Read, body: d
         (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20, "n": 128, "max_tokens": 128}),
         (read_chat, CHAT | {"logprobs": True, "top_logprobs": 20, "n": 128, "stream": True}),
         (read_chat, CHAT | {"logprobs": False, "n": 128}),
-        # A batch of lm-eval's.
+        # A batch of lm-eval.
         (read_completion, COMPLETION | {"prompt": [[1] * 8000] * 32, "echo": True, "logprobs": 1, "max_tokens": 1}),
     ],
 )

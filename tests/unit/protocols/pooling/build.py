@@ -28,7 +28,7 @@ def inference_of(protocol: Protocol[Any], body: dict[str, Any], model: BaseModel
 
 
 def sent(request: EngineRequest, part: int = 0) -> dict[str, Any]:
-    """Return what the engine receives for a part."""
+    """Return the engine's body for a part."""
     body: dict[str, Any] = json.loads(request.body("internal", "salt", part))
     assert (body.pop("model"), body.pop("cache_salt")) == ("internal", "salt")
     return body
@@ -40,7 +40,7 @@ def vector(text: object) -> list[float]:
 
 
 def embedded(body: dict[str, Any], **changes: Any) -> bytes:
-    """Return vLLM's answer to a body of `/v1/embeddings`."""
+    """Return vLLM's response to a body of `/v1/embeddings`."""
     plain = [vector(each) for each in body["input"]]
     as_text = body.get("encoding_format") == "base64"
     shown = [base64.b64encode(array("f", each).tobytes()).decode() if as_text else each for each in plain]
@@ -52,7 +52,7 @@ def embedded(body: dict[str, Any], **changes: Any) -> bytes:
 
 
 def scored(body: dict[str, Any]) -> bytes:
-    """Return vLLM's answer to a body of `/score`: a score is the length of the second side, and its sign that of the first."""
+    """Return vLLM's response to a body of `/score`: a score is the length of the second side, and its sign that of the first."""
     first = body["text_1"] * (len(body["text_2"]) if len(body["text_1"]) == 1 else 1)
     data = [
         {"index": index, "object": "score", "score": len(each) / 8 * (-1 if sign.startswith("-") else 1)}
@@ -63,5 +63,5 @@ def scored(body: dict[str, Any]) -> bytes:
 
 
 def parts_of(request: PoolingRequest) -> list[dict[str, Any]]:
-    """Return what the engine receives for each part."""
+    """Return the engine's body for each part."""
     return [sent(request, part) for part in range(request.parts)]

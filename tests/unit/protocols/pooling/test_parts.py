@@ -1,4 +1,4 @@
-"""Requests with many inputs are divided into parts, and the answers are joined into one."""
+"""Requests with many inputs are divided into parts, and the responses are joined into one."""
 
 import base64
 import json
@@ -147,7 +147,7 @@ BODY = {"input": ["a", "b"]}
         embedded(BODY, usage={"prompt_tokens": "many"}),
         embedded(BODY, data=[{"index": 0, "embedding": [1]}, {"index": 0, "embedding": [1]}]),
         embedded(BODY, data=[{"index": 0, "embedding": [1]}, {"index": 5, "embedding": [1]}]),
-        # What vLLM writes for inputs that were aborted.
+        # vLLM's response for inputs that were aborted.
         embedded(BODY, data=[{"index": 0, "embedding": [1]}, {"index": 1, "embedding": []}]),
         embedded(BODY, data=[{"index": 0, "embedding": ""}, {"index": 1, "embedding": ""}]),
     ],

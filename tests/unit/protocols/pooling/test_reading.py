@@ -1,4 +1,4 @@
-"""Requests for embeddings, rankings and scores: what is accepted, what the engine receives, and what is refused by name."""
+"""Requests for embeddings, rankings and scores: accepted requests, the engine's bodies, and refusals by name."""
 
 import json
 from typing import Any

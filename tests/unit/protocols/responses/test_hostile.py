@@ -27,7 +27,7 @@ ROLES = st.sampled_from(["user", "assistant", "system", "tool"])
 
 
 def nearly(*fields: str) -> st.SearchStrategy[Any]:
-    """Objects with some of these fields, whose values are of any type or as they should be."""
+    """Return a strategy for objects with some of these fields, whose values are valid or of any type."""
     parts = st.lists(st.fixed_dictionaries({"type": KINDS | JSON}, optional={"text": JSON, "refusal": JSON, "image_url": JSON}), max_size=2)
     return st.fixed_dictionaries({}, optional=dict.fromkeys(fields, KINDS | ROLES | parts | JSON | TEXT))
 
@@ -44,7 +44,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
 
 
 def outcome(read: Callable[[Any], Read], value: Any) -> tuple[Read | None, str]:
-    """What is read, or the field that is blamed."""
+    """Return what was read, or the field that the error names."""
     try:
         return read(value), ""
     except InvalidRequest as refused:
@@ -72,5 +72,5 @@ def test_any_items(value: list[Any]) -> None:
     messages = messages_of(None, own)
     assert all(isinstance(message["content"], str | list | None) for message in messages)
     stored = json.loads(json.dumps(named(own, f"resp_{HEX}")))
-    # What is stored is read again as it was.
+    # Stored items give the same messages when they are read again.
     assert messages_of(None, stored) == messages == messages_of(None, read_items("input", stored))

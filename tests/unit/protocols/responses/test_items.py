@@ -1,4 +1,4 @@
-"""The input: what clients send as items, and what the model reads of it."""
+"""The input: items from clients, and the messages for the model."""
 
 import json
 from typing import Any
@@ -110,7 +110,7 @@ READ: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 def test_what_the_model_reads(value: Any, expected: list[dict[str, Any]]) -> None:
     assert messages(value) == expected
     assert messages(value, "Be brief.") == [{"role": "system", "content": "Be brief."}, *expected]
-    # What has been read once can be stored and read again.
+    # Items that have been read once can be stored and read again.
     assert messages(read_items("input", value)) == expected
 
 

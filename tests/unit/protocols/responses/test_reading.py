@@ -1,4 +1,4 @@
-"""What a request may ask for, what the engine gets of it, and how a refusal names the field."""
+"""The fields of a request, the engine's body, and the field that a refusal names."""
 
 import json
 from typing import Any
@@ -45,7 +45,7 @@ def read(**changes: Any) -> ResponsesRequest:
 
 
 def sent(**changes: Any) -> dict[str, Any]:
-    """What the engine receives, without the messages and what every request has."""
+    """Return the engine's body, without the messages and the fields that every request has."""
     found: dict[str, Any] = json.loads(read(**changes).body("engine", "salt"))
     for name in ("model", "messages", "cache_salt", "stream", "stream_options"):
         found.pop(name, None)
@@ -382,7 +382,7 @@ def test_an_empty_conversation_without_input() -> None:
 
 
 def truncated(max_model_len: int, *, limit: int | None = None) -> list[str]:
-    """What is left of a long conversation: each message by its first letters."""
+    """Return the remaining messages of a long conversation, each by its first letters."""
     long = " word" * 60
     items = [
         {"role": "user", "content": "u1" + long},
@@ -400,7 +400,7 @@ def truncated(max_model_len: int, *, limit: int | None = None) -> list[str]:
 def test_the_oldest_messages_are_left_out() -> None:
     assert truncated(2000) == ["s1", "u1", "ca", "t1", "d1", "a1", "u2"]
     assert truncated(400) == ["s1", "d1", "ca", "t1", "a1", "u2"]
-    # Never a result without its call.
+    # A result never remains without its call.
     assert truncated(350) == ["s1", "d1", "a1", "u2"]
     assert truncated(2000, limit=1650) == ["s1", "u1", "ca", "t1", "d1", "a1", "u2"]
     assert truncated(500, limit=200) == ["s1", "d1", "a1", "u2"]

@@ -34,7 +34,7 @@ BEGINNING = ["response.created", "response.in_progress"]
 
 
 def items(response: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The type, the status and the text of each item."""
+    """Return the type, the status and the text of each item."""
     found = []
     for item in response["output"]:
         parts = item.get("content")
@@ -344,7 +344,7 @@ def test_the_last_event_may_lack_its_empty_line() -> None:
 )
 def test_bytes_that_are_no_answer(bytes_: bytes) -> None:
     answer = StreamedResponse(inference(stream=True, include=["message.output_text.logprobs"]))
-    with pytest.raises(ValueError):  # noqa: PT011 (any, as the contract says)
+    with pytest.raises(ValueError):  # noqa: PT011 (any error, by the contract)
         answer.feed(bytes_)
 
 

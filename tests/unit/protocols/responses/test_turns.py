@@ -15,7 +15,7 @@ from tests.unit.protocols.responses.build import NoState
 
 
 class Readings:
-    """Readings that end when they may."""
+    """Readings that end when the test allows it."""
 
     def __init__(self) -> None:
         self.running, self.most, self.may_end = 0, 0, asyncio.Event()

@@ -12,7 +12,7 @@ from lmaas.protocols.responses.unwrapping import Unwrapper
 
 
 def unwrapped(pieces: list[str]) -> tuple[str, str]:
-    """The text that is known before the end, and what the end adds."""
+    """Return the text that is known before the end, and the text that the end adds."""
     unwrapper = Unwrapper()
     return "".join(unwrapper.feed(piece) for piece in pieces), unwrapper.end()
 
@@ -29,7 +29,7 @@ def test_any_text_in_any_pieces(text: str, ascii_only: bool, cuts: list[int]) ->
     assert unwrapped(list(arguments)) == (text, "")
 
 
-#: What is easily taken for an escape, or for a part of one.
+#: Characters that look like an escape, or like a part of one.
 PARTS = ("\\", "\\\\", "\\u", "\\ud83d", "\\ude00", "ud83d", "\\n", "😀", '"', "a", "0", " ")
 
 
@@ -44,7 +44,7 @@ def test_backslashes_in_any_pieces(text: str, ascii_only: bool, data: st.DataObj
 
 @given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.sampled_from(["", '"}']), st.lists(st.integers(0, 60), max_size=8))
 def test_what_is_no_json_is_the_same_in_any_pieces(characters: str, end: str, cuts: list[int]) -> None:
-    """A model may write escapes that JSON does not have, and its answer may be cut off anywhere."""
+    """A model may write escapes that JSON does not have, and its output may be cut off anywhere."""
     arguments = '{"input": "' + characters + end
     expected = "".join(unwrapped([arguments]))
     assert "".join(unwrapped(cut(arguments, cuts))) == expected

@@ -1,7 +1,7 @@
-"""Streams and whole answers as vLLM 0.32 sent them, for SmolLM2 with the parsers `hermes` and `deepseek_r1`.
+"""Streams and whole responses that vLLM 0.32 sent, for SmolLM2 with the parsers `hermes` and `deepseek_r1`.
 
-What the model wrote was fixed by a grammar (`structured_outputs`), so calls and thoughts are as a larger model writes them. The files are
-named after their cases in `CASES`.
+A grammar (`structured_outputs`) fixed the model's output, so calls and thoughts are like those of a larger model. The files are named after
+their cases in `CASES`.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ ASKED: dict[str, Any] = {"tools": TOOLS, "include": ["message.output_text.logpro
 PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
 PATCH = '*** Begin Patch\n+café 🎉 "quoted" \\ end\n'
 Shape = list[tuple[str, str]]
-#: The items of a case: type and text, None for one that is only compared with the whole answer.
+#: The items of a case: type and text, None for one that is only compared with the whole response.
 CASES: dict[str, Shape | None] = {
     "text": [("message", "The capital of France is Paris.")],
     "cut": None,
@@ -52,7 +52,7 @@ def shape(response: dict[str, Any]) -> Shape:
 
 
 def comparable(response: dict[str, Any]) -> dict[str, Any]:
-    """The response without its times."""
+    """Return the response without its times."""
     return response | {"created_at": 0, "completed_at": 0}
 
 
@@ -66,7 +66,7 @@ def test_a_stream_and_a_whole_answer_are_the_same_response(name: str) -> None:
     for event in found.events:
         SDK.validate_python(event)
     Response.model_validate(all_at_once)
-    # Only a stream tells which tokens are those of the text beside something else.
+    # Only a stream shows which tokens belong to the text if there are other items.
     if len(found.response["output"]) == 1:
         assert comparable(found.response) == comparable(all_at_once)
     assert found.response["usage"] == all_at_once["usage"]
@@ -88,7 +88,7 @@ def test_any_pieces(name: str, cuts: list[int]) -> None:
 
 @given(st.sampled_from(list(CASES)), st.integers(0, 25_000))
 def test_a_stream_that_is_cut_off(name: str, cut: int) -> None:
-    """An engine that dies: the client's stream ends with a failure, whatever had come."""
+    """If the engine dies, the client's stream ends with a failure, whatever has come before."""
     engine = (VLLM / f"{name}.sse").read_bytes()
     answer = StreamedResponse(inference(stream=True, **ASKED))
     out = answer.feed(engine[: min(cut, len(engine) - 30)])

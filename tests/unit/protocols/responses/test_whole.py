@@ -13,7 +13,7 @@ from tests.unit.protocols.responses.build import BODY, HEX, TOOLS, NoState, infe
 
 
 def body(message: dict[str, Any], finish: str = "stop", **choice: Any) -> bytes:
-    """The engine's answer."""
+    """Return the engine's response."""
     plain = {
         "role": "assistant",
         "content": None,
@@ -94,7 +94,7 @@ def test_log_probabilities() -> None:
 @pytest.mark.parametrize("engine", [b"", b"{", b"[]", b'{"choices":[]}', b'{"choices":[{"index":0}]}', body({"content": 5})])
 def test_bytes_that_are_no_answer(engine: bytes) -> None:
     answer = WholeResponse(inference())
-    with pytest.raises(ValueError):  # noqa: PT011 (any, as the contract says)
+    with pytest.raises(ValueError):  # noqa: PT011 (any error, by the contract)
         answer.take(engine)
 
 
@@ -132,7 +132,7 @@ async def test_a_response_is_stored_before_its_end(streams: bool) -> None:
     assert [part["text"] for item in json.loads(new.body)["output"] for part in item["content"]] == ["a"]
     message = {"type": "message", "role": "user", "status": "completed", "content": [{"type": "input_text", "text": "Hi"}]}
     assert new.input_items == [{"id": f"msg_{HEX}8000"} | message]
-    # The client receives what is stored.
+    # The client receives the stored response.
     assert new.body in answer.end()
 
 
