@@ -4,14 +4,14 @@
 #   DATABASE_URL               an empty database, with the login of a superuser
 #   LMAAS_DATABASE_PASSWORDS   gateway=…,controller=…,replica=…,jobs=…: passwords of the database roles
 #   OBJECTS                    the folder of the object store; empty for a bucket
-#   LMAAS                      the command `lmaas` of the release that made the backup, or of a later one
+#   LMAAS                      the path of the command `lmaas` of the release that made the backup, or of a later one
 #
 # Start the service with an empty Valkey afterwards (docs/how-to/backup.md).
 set -eu
 folder=${1:?"say which folder has the backup"}
 : "${DATABASE_URL:?"set DATABASE_URL"}"
 query() { PGOPTIONS=--client-min-messages=warning psql --no-psqlrc --no-password --quiet --tuples-only --no-align --set=ON_ERROR_STOP=1 --dbname="$DATABASE_URL" --command="$1"; }
-migrate() { LMAAS_DATABASE_URL=$DATABASE_URL ${LMAAS:-lmaas} migrate; }
+migrate() { LMAAS_DATABASE_URL=$DATABASE_URL "${LMAAS:-lmaas}" migrate; }
 
 if [ -n "${OBJECTS:-}" ] && [ -n "$(ls -A "$OBJECTS" 2>/dev/null)" ]; then
     echo "$OBJECTS is not empty. Restore into an empty folder." >&2

@@ -35,7 +35,7 @@ def script(name: str, folder: Path, **variables: str) -> subprocess.CompletedPro
 
 def restore(folder: Path, url: str, objects: Path) -> subprocess.CompletedProcess[str]:
     passwords = ",".join(f"{role}={ROLE_PASSWORD}" for role in LOGINS)
-    lmaas = f"{sys.executable} -m lmaas"
+    lmaas = str(Path(sys.executable).with_name("lmaas"))
     return script("restore.sh", folder, DATABASE_URL=url, OBJECTS=str(objects), LMAAS=lmaas, LMAAS_DATABASE_PASSWORDS=passwords)
 
 

@@ -231,24 +231,6 @@ async def test_a_cancelled_batch_keeps_what_has_ended(stack: Stack) -> None:
     assert set(await wasted(stack, batch_id)) == {"cancelled"}
 
 
-async def test_a_runner_that_stops_gives_its_lines_back(stack: Stack) -> None:
-    model, tenant = await stack.model("stops", slots=2), await stack.tenant()
-    replica = await stack.replica(model, "--fake-token-ms 20")
-    texts = Texts()
-    lines = [chat(f"l{number}", "stops", max_tokens=1900, ignore_eos=True) for number in range(2)]
-    batch_id = await batch_of(stack, texts, tenant, model, lines)
-
-    async def both_run() -> bool:
-        return await replica.running() == 2
-
-    async with runner(stack, texts):
-        await until(both_run)
-    assert [line.state for line in await line_rows(stack.db, batch_id)] == ["pending"] * 2
-    assert await charged(stack, model, tenant) == []
-    assert sum(event.completion_tokens for event in await stack.ledger(model, tenant)) == (await replica.counters())[1] - 1
-    assert await wasted(stack, batch_id) == ["runner_stopped"] * 2
-
-
 async def test_lines_that_run_at_the_deadline_are_given_back(stack: Stack) -> None:
     model, tenant = await stack.model("late"), await stack.tenant()
     replica = await stack.replica(model, "--fake-token-ms 20")
@@ -281,6 +263,7 @@ async def test_a_runner_that_stops_gives_back_what_runs(stack: Stack) -> None:
     assert [(line.state, line.given_back) for line in await line_rows(stack.db, batch_id)] == [("pending", 1)] * 3
     assert await pending(stack.db, batch_id) == {model.id: (3, 60)}
     assert await replica.running() == 0
+    assert [event.code for event in await stack.ledger(model, tenant)] == ["runner_stopped"] * 3
     async with stack.db.begin(SYSTEM) as connection:
         assert (await connection.execute(text("SELECT count(*) FROM job_runners"))).scalar_one() == 0
         await connection.execute(text("UPDATE batches SET status = 'cancelled' WHERE id = :id"), {"id": batch_id})

@@ -101,7 +101,8 @@ async def test_a_head_that_does_not_end_in_time(piece: bytes) -> None:
         refused = await got
         assert (refused.status, refused.code, refused.headers["connection"]) == (408, "request_timeout", "close")
         assert refused.headers["x-request-id"].startswith("req_")
-        assert await reader.read() == b""
+        with contextlib.suppress(ConnectionResetError):  # a piece came after the refusal
+            assert await reader.read() == b""
 
 
 @pytest.mark.parametrize("first", [b"", b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n"], ids=["at first", "after an answer"])
