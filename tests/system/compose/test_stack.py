@@ -217,6 +217,7 @@ def test_prometheus_sees_everything(stack: Stack, client: OpenAI) -> None:
     def all_up() -> bool:
         found = httpx.get(f"{stack.prometheus}/api/v1/targets").json()["data"]["activeTargets"]
         return sorted((one["labels"]["job"], one["health"]) for one in found) == [
+            ("console", "up"),
             ("controller", "up"),
             ("gateway", "up"),
             ("gateway", "up"),
