@@ -262,6 +262,6 @@ def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """Return the metrics and their content type: OpenMetrics, which has exemplars, for a client that accepts it, otherwise Prometheus's
     text."""
     if "application/openmetrics-text" in accept:
-        text: bytes = openmetrics.generate_latest(registry, version="1.0.0")  # type: ignore[no-untyped-call]
+        text: bytes = openmetrics.generate_latest(registry, version="1.0.0")  # type: ignore[no-untyped-call]  # the library has no types here
         return text, "application/openmetrics-text; version=1.0.0; charset=utf-8"
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -84,7 +84,7 @@ class _Assigned:
         slot = math.floor(at_s / rule.slot_s)
         if slot != self._slot:
             # Depends on the slot only, so that the order of lines does not change which tenants are active.
-            there = random.Random(f"{rule.seed}/{slot}")  # noqa: S311
+            there = random.Random(f"{rule.seed}/{slot}")  # noqa: S311 (a rule, not a secret)
             self._slot, self._present = slot, [number for number in range(rule.tenants) if there.random() < rule.present] or [0]
             self._weights = [(number + 1) ** -rule.zipf for number in self._present]
         return f"tenant-{self._chance.choices(self._present, self._weights)[0] + 1:02}"

@@ -140,7 +140,7 @@ async def test_forms_need_the_sessions_token_and_the_consoles_origin(console: Co
 
 async def test_every_response_has_the_security_headers(console: Console) -> None:
     browser = await console.signed_in("operator")
-    for path in ("", "/sign-in", "/nothing", "/static/app.js", "?tenant=nobody"):
+    for path in ("", "/sign-in", "/nothing", "/static/app.js", "?tenant=unknown"):
         response = await browser.get(path)
         policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy
